@@ -1,0 +1,75 @@
+"""The errors that users meet, from the lowest layer up, so that every layer can raise them.
+
+    OutgrowError(RuntimeError)          anything this project raises on purpose while a run goes on
+     +- DoesNotFit(ValueError too)      a plan that needs more bytes than a tier has
+     +- OutOfOrder                      the model called its units in another order than recorded
+     +- NotFinite                       a loss that is NaN or infinite
+     +- LaneTimeout                     a wait that passed its deadline; says what it waits for
+     +- StoreError                      the disk tier
+     |   +- DiskFull, DiskFault, ChunkCorrupted
+     +- WorkerError                     a worker failed; carries rank, step and unit, and the worker's own traceback
+
+Mistakes in the arguments raise `ValueError` before anything starts. All of them survive pickling.
+"""
+
+__all__ = [
+    "ChunkCorrupted",
+    "DiskFault",
+    "DiskFull",
+    "DoesNotFit",
+    "LaneTimeout",
+    "NotFinite",
+    "OutOfOrder",
+    "OutgrowError",
+    "StoreError",
+    "WorkerError",
+]
+
+
+class OutgrowError(RuntimeError):
+    """Anything that this project raises on purpose while a run goes on."""
+
+
+class DoesNotFit(OutgrowError, ValueError):
+    """A plan needs more bytes on a tier than the budget gives. Raised before step 1."""
+
+
+class OutOfOrder(OutgrowError):
+    """The model called its units in another order than the one recorded; names both."""
+
+
+class NotFinite(OutgrowError):
+    """The loss became NaN or infinite; names the step and the first unit whose output was not finite."""
+
+
+class LaneTimeout(OutgrowError):
+    """A wait passed its deadline; says which action waits for which."""
+
+
+class StoreError(OutgrowError):
+    """The disk tier failed; names run, rank, chunk, slot, file and offset, and what to do."""
+
+
+class DiskFull(StoreError):
+    """No space is left where the disk tier lives."""
+
+
+class DiskFault(StoreError):
+    """The device or file system failed a read or a write, or the file is gone or too short."""
+
+
+class ChunkCorrupted(StoreError):
+    """What was read is not what was written: checksum or generation differ."""
+
+
+class WorkerError(OutgrowError):
+    """A worker failed. `rank`, `step` and `unit` say where; the worker's own traceback is in the message."""
+
+    def __init__(self, message: str, rank: int | None = None, step: int | None = None, unit: str | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+        self.unit = unit
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.args[0], self.rank, self.step, self.unit)

@@ -1,0 +1,1 @@
+"""Measuring from outside: benchmark cases, peers, tables. Nothing below imports it."""

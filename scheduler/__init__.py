@@ -1,0 +1,1 @@
+"""Choosing: plans, programs, passes, traces. Pure decisions; knows nothing of processes or Ray."""
