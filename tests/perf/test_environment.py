@@ -1,0 +1,20 @@
+import os
+import platform
+
+import torch
+
+from outgrow.perf.environment import Environment, installed_version
+
+
+def test_the_fingerprint_is_of_this_machine_and_these_versions() -> None:
+    here = Environment.detect()
+    assert here.num_cores == len(os.sched_getaffinity(0))
+    assert here.memory_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert here.python == platform.python_version()
+    assert here.packages["torch"] == torch.__version__
+    assert platform.release() in str(here)
+    assert here.cpu
+
+
+def test_a_package_that_is_not_there_has_no_version() -> None:
+    assert installed_version("outgrow-no-such-distribution") is None
