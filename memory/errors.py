@@ -12,6 +12,8 @@
 Mistakes in the arguments raise `ValueError` before anything starts. All of them survive pickling.
 """
 
+from dataclasses import dataclass
+
 __all__ = [
     "ChunkCorrupted",
     "DiskFault",
@@ -21,6 +23,7 @@ __all__ = [
     "NotFinite",
     "OutOfOrder",
     "OutgrowError",
+    "Place",
     "StoreError",
     "WorkerError",
 ]
@@ -46,8 +49,36 @@ class LaneTimeout(OutgrowError):
     """A wait passed its deadline; says which action waits for which."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where on the disk tier something went wrong. `chunk`, `slot` and `offset_bytes` are empty for the file as a whole."""
+
+    run: str
+    rank: int
+    path: str
+    chunk: str = ""
+    slot: str = ""
+    offset_bytes: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"run {self.run}", f"rank {self.rank}"]
+        parts += [f"chunk {self.chunk}"] if self.chunk else []
+        parts += [f"slot {self.slot}"] if self.slot else []
+        parts += [f"file {self.path}"]
+        parts += [f"offset {self.offset_bytes}"] if self.offset_bytes is not None else []
+        return ", ".join(parts)
+
+
 class StoreError(OutgrowError):
-    """The disk tier failed; names run, rank, chunk, slot, file and offset, and what to do."""
+    """The disk tier failed. `place` names run, rank, chunk, slot, file and offset; the message says what to do."""
+
+    def __init__(self, message: str, place: Place | None = None) -> None:
+        super().__init__(message, place)
+        self.message = message
+        self.place = place
+
+    def __str__(self) -> str:
+        return self.message if self.place is None else f"{self.place}: {self.message}"
 
 
 class DiskFull(StoreError):

@@ -1,0 +1,86 @@
+"""How fast a folder's disk is, through the very lanes that training uses.
+
+Owns the measurement. It does not own what a plan makes of it (`scheduler/hardware.py`).
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .direct_io import AlignedBuffer
+from .disk import DiskStore, ExtentSpec
+from .disk_lanes import Ticket
+
+__all__ = ["DiskSpeed", "measure_disk"]
+
+_RING = 3  # buffers: while one is filled or emptied, the next request is already queued
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Measured bandwidths of one folder, each lane alone."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    direct: bool
+    file_system: str
+    num_bytes: int
+    block_bytes: int
+    depth: int
+
+
+def measure_disk(
+    folder: str | Path,
+    num_bytes: int = 512 << 20,
+    block_bytes: int = 4 << 20,
+    depth: int = 4,
+    deadline_s: float = 60.0,
+) -> DiskSpeed:
+    """Write, then read, about `num_bytes` random bytes in `folder` (checksums included, as in training), and remove them.
+
+    The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
+    Takes memory for 6 * depth blocks. Raises what `DiskStore` raises.
+    """
+    extent_bytes = 2 * depth * block_bytes
+    names = [f"c{index}:param" for index in range(max(_RING, -(-num_bytes // extent_bytes)))]
+    specs = [ExtentSpec(name, extent_bytes) for name in names]
+    buffers = [AlignedBuffer(extent_bytes) for _ in range(_RING)]
+    try:
+        rng = np.random.default_rng(0)
+        for buffer in buffers:
+            buffer.view[:] = rng.bytes(extent_bytes)
+        with DiskStore(folder, "measure", 0, specs, block_bytes=block_bytes, depth=depth, deadline_s=deadline_s,
+                       in_flight_bytes=_RING * extent_bytes) as store:  # fmt: skip
+            _pass(store.write, names, buffers)
+            write_s = _pass(store.write, names, buffers)
+            read_s = _pass(store.read, names, buffers)
+            statistics = store.statistics()
+    finally:
+        for buffer in buffers:
+            buffer.close()
+    moved_bytes = len(names) * extent_bytes
+    return DiskSpeed(
+        moved_bytes / read_s,
+        moved_bytes / write_s,
+        statistics.direct,
+        statistics.file_system,
+        moved_bytes,
+        block_bytes,
+        depth,
+    )
+
+
+def _pass(move, names: list[str], buffers: list[AlignedBuffer]) -> float:
+    """Seconds for moving every extent once, with one request per buffer in flight."""
+    tickets: deque[Ticket] = deque()
+    began_s = time.perf_counter()
+    for index, name in enumerate(names):
+        if len(tickets) == len(buffers):
+            tickets.popleft().wait()
+        tickets.append(move(name, buffers[index % len(buffers)]))
+    while tickets:
+        tickets.popleft().wait()
+    return time.perf_counter() - began_s
