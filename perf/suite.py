@@ -179,7 +179,9 @@ def render(report: Report) -> RenderableType:
     for heading in ("target", "measured", "spread"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    table.add_column("remark", overflow="fold")
+    has_remarks = any(figure.note for figure in report.figures)
+    if has_remarks:
+        table.add_column("remark", overflow="fold")
     group = None
     for figure in report.figures:
         if figure.group != group:
@@ -193,7 +195,7 @@ def render(report: Report) -> RenderableType:
             _quantity(figure.median, figure.unit),
             "" if len(figure.samples) < 2 else f"{100 * figure.spread:.1f}%",
             _verdict(figure),
-            figure.note,
+            *([figure.note] if has_remarks else []),
         )
     return Group(Text(str(report.environment), style="dim"), table, *_lines(report.notes))
 
