@@ -1,14 +1,14 @@
 """The disk tier: a store of extents, one for each slot of a chunk, on a disk that may fail.
 
-Owns the layout (known before anything is written), the checksums and generations of what was written, and the meaning of
-errors. It does not own threads and order (`disk_lanes.py`), the file itself (`disk_file.py`), nor the decision what moves
-when (`residency.py`).
+Owns the layout (known before anything is written), the checksums and generations of what was written, and the check of
+all that is read. It does not own threads and order (`disk_lanes.py`), the file itself (`disk_file.py`), nor what moves
+when.
 
     extents  c0:param | c0:exp_avg | c0:exp_avg_sq | c1:param | ...      at multiples of 4096 bytes in one file per rank
     blocks   [ 4 MiB ][ 4 MiB ][rest]                                    moved concurrently; each has its own checksum
 
-What is read is what was written last, or an error: every block's checksum is kept in memory (not beside the data, where
-a lost write would leave an old block with its matching old checksum) and compared on every read. The store holds nothing
+What is read is what was written last, or an error: every block's checksum is kept in memory and compared on every read
+(beside the data on disk, a lost write would leave an old block with its matching old checksum). The store holds nothing
 that a checkpoint does not: it needs no flush, and its file goes with the process.
 """
 
@@ -71,9 +71,7 @@ class _Extent:
     order: Order = field(default_factory=Order)
     generation: int = 0  # complete writes so far
     checksums: array = field(default_factory=lambda: array("Q"))  # per block, of this generation
-    previous: array = field(
-        default_factory=lambda: array("Q")
-    )  # of the one before, to tell a lost write from a flipped bit
+    previous: array = field(default_factory=lambda: array("Q"))  # of the one before: a lost write leaves these
     lost: str = ""  # why the last write failed: the bytes on disk are unknown
 
 
@@ -122,8 +120,8 @@ class DiskStore:
         self.file_bytes = max(self.file_bytes, ALIGN_BYTES)
         if limit_bytes is not None and self.file_bytes > limit_bytes:
             raise DoesNotFit(
-                f"run {run}, rank {rank}: the disk tier needs {self.file_bytes:,} bytes and its limit is {limit_bytes:,}, "
-                f"{self.file_bytes - limit_bytes:,} too few; raise the limit or give the host more"
+                f"run {run}, rank {rank}: the disk tier needs {self.file_bytes:,} bytes and its limit is "
+                f"{limit_bytes:,}, {self.file_bytes - limit_bytes:,} too few; raise the limit or give the host more"
             )
         self._pid = os.getpid()
         scratch_bytes = min(block_bytes, _SCRATCH_BYTES)
@@ -142,7 +140,7 @@ class DiskStore:
         return self._file.path
 
     def read(self, name: str, into: AlignedBuffer | memoryview | bytearray | torch.Tensor) -> Ticket:
-        """Start filling `into` (exactly the extent's bytes) with what was written last; it is not yours until the ticket is done.
+        """Start filling `into` (exactly the extent's bytes) with what was written last; leave it alone until done.
 
         The ticket's errors: ChunkCorrupted, DiskFault, StoreError if nothing was written or its writing failed.
         Waits here, up to the deadline (LaneTimeout), while too many bytes are in flight. Fastest into aligned memory.
@@ -167,7 +165,7 @@ class DiskStore:
     def write(self, name: str, source: AlignedBuffer | memoryview | bytearray | bytes | torch.Tensor) -> Ticket:
         """Start writing `source` (exactly the extent's bytes); it must not change until the ticket is done.
 
-        The ticket's errors: DiskFull, DiskFault; then the extent is lost until it is written again. Waits as `read` does.
+        The ticket's errors: DiskFull, DiskFault; the extent is lost then until written again. Waits as `read` does.
         """
         extent = self._find(name)
         view = bytes_of(source)
@@ -198,7 +196,7 @@ class DiskStore:
     def close(self, timeout_s: float | None = None) -> None:
         """Cancel what has not begun, wait for what runs, end the threads and remove the file. May be repeated.
 
-        Raises LaneTimeout if a transfer never comes back: the file's name is gone then, but its space only with the process.
+        Raises LaneTimeout if a transfer never comes back: the file's name is gone then, its space with the process.
         """
         try:
             self._lanes.close(timeout_s)
@@ -285,7 +283,7 @@ class DiskStore:
             why = f"it still holds generation {extent.generation - 1}: a write was lost"
         raise ChunkCorrupted(
             f"block {block} is not what was written as generation {extent.generation}: {why} "
-            f"(xxh3 expected {expected:016x}, actual {actual:016x}). Check the disk and memory; start from a checkpoint",
+            f"(xxh3 expected {expected:016x}, actual {actual:016x}). Check disk and memory; start from a checkpoint",
             place,
         )
 

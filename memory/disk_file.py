@@ -1,12 +1,12 @@
 """The one file of a store: its name, its reserved bytes, and how the kernel's errors become ours.
 
-Owns creation (private to the user, exclusive, preallocated, O_DIRECT tried and fallen back from), the removal of files that
-dead processes left behind, and whole transfers at aligned offsets from any memory. It does not know what lies where
-(`disk.py`), nor threads (`disk_lanes.py`).
+Owns creation (private to the user, exclusive, preallocated, O_DIRECT tried and fallen back from), the removal of files
+that dead processes left behind, and whole transfers at aligned offsets from any memory. It does not know what lies
+where (`disk.py`), nor threads (`disk_lanes.py`).
 
-A file belongs to the living process that holds its lock (flock). The kernel drops the lock when the process ends, however
-it ends, so a file whose lock can be taken is stale; unlike process ids, this also holds between containers that share
-the folder.
+A file belongs to the living process that holds its lock (flock). The kernel drops the lock when the process ends,
+however it ends, so a file whose lock can be taken is stale. Unlike process ids, which are used again and differ between
+containers that share a folder, a lock cannot be mistaken for another's.
 """
 
 import errno
@@ -79,7 +79,7 @@ class SlotFile:
             _copy(scratch.view[:count], view[start : start + count])
 
     def write(self, view: memoryview, offset_bytes: int, scratch: AlignedBuffer) -> None:
-        """Write `view` (any length, any address) at an aligned offset, padded to whole blocks. Raises OSError or EOFError."""
+        """Write `view` (any length, any address) at an aligned offset, padded to pages. Raises OSError or EOFError."""
         self._check_alive()
         head = self._aligned_bytes(view)
         if head:

@@ -1,15 +1,15 @@
 """The read lane and the write lane of the disk tier: threads that keep several transfers in flight, in a safe order.
 
 Owns the threads, the order of requests on the same bytes, the bound on bytes in flight, deadlines, and the delivery of
-results and errors. It does not know files, extents or checksums: a request is a number of blocks and a function that moves
-one of them (`disk.py`).
+results and errors. It does not know files, extents or checksums: a request is a number of blocks and a function that
+moves one of them (`disk.py`).
 
     submit -> [full? wait] -> WAITING (for an earlier request on the same bytes) -> QUEUED -> blocks run -> done
                back-pressure                                                       FIFO      depth at a time
 
-A request waits only for requests that were admitted before it, so no order of calls can deadlock. Its error is delivered
-when none of its blocks is running any more: from then on nobody touches the caller's memory. Every wait has a deadline
-and, past it, raises LaneTimeout with what it waited for and what each thread is doing.
+A request waits only for requests that were admitted before it, so no order of calls can deadlock. Its error is
+delivered when none of its blocks is running any more: from then on nobody touches the caller's memory. Every wait has a
+deadline and, past it, raises LaneTimeout with what it waited for and what each thread is doing.
 """
 
 import copy
@@ -195,7 +195,7 @@ class DiskLanes:
     def wait(self, ticket: Ticket, timeout_s: float | None = None) -> Ticket:
         """See `Ticket.wait`."""
         with self._lock:
-            self._wait_until(lambda: ticket.done, timeout_s, f"waiting for {ticket}")
+            self._wait_until(lambda: ticket.done, timeout_s, lambda: f"waiting for {ticket}")
             if ticket.error is not None and ticket in self._undelivered:
                 self._undelivered.remove(ticket)
         if ticket.error is not None:
@@ -205,7 +205,7 @@ class DiskLanes:
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until nothing is in flight. Raises the first error that no `wait` has raised yet, then forgets them."""
         with self._lock:
-            self._wait_until(lambda: not self._open, timeout_s, "draining the disk lanes")
+            self._wait_until(lambda: not self._open, timeout_s, lambda: f"draining {len(self._open)} requests")
             failed, self._undelivered = self._undelivered, []
         if failed:
             error = copy.copy(failed[0].error)
@@ -229,7 +229,9 @@ class DiskLanes:
             for lane in self._lanes.values():
                 lane.ready.notify_all()
             self._changed.notify_all()
-            self._wait_until(lambda: not self._open, timeout_s, "closing the disk lanes")
+            self._wait_until(
+                lambda: not self._open, timeout_s, lambda: f"closing with {len(self._open)} requests running"
+            )
         for thread in self._threads:
             thread.join()  # each is past its last block: nothing is open
         self._threads = []
@@ -252,13 +254,17 @@ class DiskLanes:
 
         if not fits():
             began_s = time.perf_counter()
-            goal = (
-                f"holding back {ticket.label} ({ticket.num_bytes:,} bytes) while {lane.in_flight_bytes:,} of at most "
+            self._wait_until(
+                fits,
+                None,
+                lambda: (
+                    f"holding back {ticket.label} ({ticket.num_bytes:,} bytes) while {lane.in_flight_bytes:,} of at most "
+                    f"{self._limit_bytes:,} bytes are in flight on the {lane.name} lane"
+                ),
             )
-            self._wait_until(fits, None, goal + f"{self._limit_bytes:,} bytes are in flight on the {lane.name} lane")
             lane.held_back_s += time.perf_counter() - began_s
         if self._closing:
-            raise StoreError(f"{ticket.label} was refused: the disk store {self._name} is closed")
+            raise StoreError(f"{self._name}: {ticket.label} was refused, the disk store is closed")
         lane.in_flight_bytes += ticket.num_bytes
         lane.num_in_flight += 1
         lane.peak_in_flight_bytes = max(lane.peak_in_flight_bytes, lane.in_flight_bytes)
@@ -303,21 +309,23 @@ class DiskLanes:
         ticket._followers = []
         self._changed.notify_all()
 
-    def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None, goal: str) -> None:
+    def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None, goal: Callable[[], str]) -> None:
         deadline_s = self._deadline_s if timeout_s is None else timeout_s
         if self._changed.wait_for(ready, deadline_s):
             return
-        now_s = time.perf_counter()
-        lines = [
-            f"{lane.name} lane: " + ("; ".join(
-                f"block {block} of {ticket} for {now_s - since_s:.1f} s" for ticket, block, since_s in lane.running.values()
-            ) or "idle") + f"; {len(lane.queue)} requests queued"
-            for lane in self._lanes.values()
-        ]  # fmt: skip
         raise LaneTimeout(
-            f"disk store {self._name}: {goal}: not done after {deadline_s:g} s. {'. '.join(lines)}. "
+            f"{self._name}: {goal()}: not done after {deadline_s:g} s. "
+            f"{' '.join(self._doing(lane) for lane in self._lanes.values())} "
             "The disk hangs or is slower than promised: look at the kernel's log, or allow a longer deadline"
         )
+
+    def _doing(self, lane: _Lane) -> str:
+        """One sentence on what each thread of a lane is at, and for how long."""
+        now_s = time.perf_counter()
+        blocks = [
+            f"block {block} of {ticket} for {now_s - began:.1f} s" for ticket, block, began in lane.running.values()
+        ]
+        return f"The {lane.name} lane has {len(lane.queue)} requests queued and runs {'; '.join(blocks) or 'nothing'}."
 
     def _work(self, lane: _Lane) -> None:
         """One thread: take the next block, move it, until closed."""

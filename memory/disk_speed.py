@@ -39,7 +39,7 @@ def measure_disk(
     depth: int = 4,
     deadline_s: float = 60.0,
 ) -> DiskSpeed:
-    """Write, then read, about `num_bytes` random bytes in `folder` (checksums included, as in training), and remove them.
+    """Write, then read, about `num_bytes` random bytes in `folder`, checksums included as in training, and remove them.
 
     The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
     Takes memory for 6 * depth blocks. Raises what `DiskStore` raises.
@@ -63,13 +63,13 @@ def measure_disk(
             buffer.close()
     moved_bytes = len(names) * extent_bytes
     return DiskSpeed(
-        moved_bytes / read_s,
-        moved_bytes / write_s,
-        statistics.direct,
-        statistics.file_system,
-        moved_bytes,
-        block_bytes,
-        depth,
+        read_bytes_per_s=moved_bytes / read_s,
+        write_bytes_per_s=moved_bytes / write_s,
+        direct=statistics.direct,
+        file_system=statistics.file_system,
+        num_bytes=moved_bytes,
+        block_bytes=block_bytes,
+        depth=depth,
     )
 
 

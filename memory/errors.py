@@ -51,7 +51,7 @@ class LaneTimeout(OutgrowError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where on the disk tier something went wrong. `chunk`, `slot` and `offset_bytes` are empty for the file as a whole."""
+    """Where on the disk tier something went wrong; without chunk, slot and offset: the file as a whole."""
 
     run: str
     rank: int

@@ -79,7 +79,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
     return Findings(
         tuple(figures),
         (
-            "held: peak bytes of live storages by the engine's own books, mean over the ranks; shared pages count once.",
+            "held: peak bytes of live storages by the engine's own books, mean over ranks; shared pages count once.",
             "pss: growth of the ranks' proportional set size (smaps_rollup), mean over the ranks; with activations and "
             "what is gathered at the time.",
             f"transports: {', '.join(sorted(transports))}; 1 thread a rank, AdamW, float32.",

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..parallel.actions import Action, Kind
-from .pipeline_data import Op, Schedule, ScheduleError, StageCosts, per_rank
+from .pipeline_data import Draft, Op, Schedule, ScheduleError, StageCosts, per_rank
 
-__all__ = ["Timing", "simulate", "times_of"]
+__all__ = ["Score", "Timing", "peaks_of", "score_of", "simulate", "times_of"]
 
 F, B, I, W, R, SAVE, LOAD = Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.SAVE, Kind.LOAD  # noqa: E741
 _NEVER = -1.0
 #: Starts and ends (seconds) of one rank's operations, in list order.
 Times = list[tuple[float, float]]
+#: (span, makespan) in seconds: what searches make small, the first before the second.
+Score = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,28 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     return times
 
 
+def score_of(draft: Draft, costs: StageCosts) -> Score:
+    """(span, makespan) of a draft.
+
+    Raises:
+        ScheduleError: it cannot run.
+    """
+    times = times_of(draft[1], draft[0], costs)
+    spans = [
+        [span for op, span in zip(order, rank_times, strict=True) if op[0].is_compute]
+        for order, rank_times in zip(draft[1], times, strict=True)
+    ]
+    last_s = [rank[-1][1] for rank in spans if rank]
+    span_s = max((rank[-1][1] - rank[0][0] for rank in spans if rank), default=0.0)
+    return round(span_s, 9), round(max(last_s, default=0.0), 9)
+
+
+def peaks_of(draft: Draft, costs: StageCosts) -> list[float]:
+    """Most activations of each rank, in the unit of the costs."""
+    times = times_of(draft[1], draft[0], costs)
+    return [_peak(order, rank_times, costs) for order, rank_times in zip(draft[1], times, strict=True)]
+
+
 def _stuck(orders: Sequence[Sequence[Op]], times: list[Times], num_stages: int) -> str:
     lines = []
     for rank, (order, done) in enumerate(zip(orders, times, strict=True)):
@@ -178,7 +202,9 @@ def _stuck(orders: Sequence[Sequence[Op]], times: list[Times], num_stages: int) 
                 needs = [Action(F, stage, j), Action(I, stage + 1, j)]
             if kind is W:
                 needs = [Action(I, stage, j)]
-            lines.append(f"rank {rank} is stuck before {Action(kind, stage, j)}, which needs {' and '.join(map(str, needs))}")
+            lines.append(
+                f"rank {rank} is stuck before {Action(kind, stage, j)}, which needs {' and '.join(map(str, needs))}"
+            )
     return "deadlock: " + "; ".join(lines) + ". Put each action after what it needs."
 
 

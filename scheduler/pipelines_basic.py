@@ -30,7 +30,9 @@ def looped_bfs(num_ranks: int, num_micro_batches: int, num_chunks: int) -> Draft
     orders: list[list[Op]] = []
     for rank in range(p):
         local = range(rank, p * num_chunks, p)
-        orders.append([(F, s, j) for s in local for j in range(m)] + [(B, s, j) for s in reversed(local) for j in range(m)])
+        orders.append(
+            [(F, s, j) for s in local for j in range(m)] + [(B, s, j) for s in reversed(local) for j in range(m)]
+        )
     return loop(p, num_chunks), orders
 
 
@@ -82,10 +84,16 @@ def interleaved_groups(num_ranks: int, num_micro_batches: int) -> list[list[int]
     ]
 
 
-def interleaved(num_ranks: int, groups: Sequence[int], num_chunks: int) -> Draft:
-    """1F1B over chunks: 2(p-1-d) + (v-1)g forwards first, where g is the size of the first group."""
+def interleaved(num_ranks: int, groups: Sequence[int], num_chunks: int, group: int | None = None) -> Draft:
+    """1F1B over chunks: 2(p-1-d) + (v-1)g forwards first, where g is `group` (the first group's size when None).
+
+    With groups larger than p, no rank starts with more forwards than rank 0 would with groups of p if `group` is given:
+    the other ranks have room for the difference, so the peak stays.
+    """
+    p, v = num_ranks, num_chunks
+    most = 2 * (p - 1) + (v - 1) * (p if group is not None else groups[0])
     orders = []
-    for rank in range(num_ranks):
-        forwards, backwards = sequences(groups, rank, num_ranks, num_chunks)
-        orders.append(one_in_turn(forwards, backwards, 2 * (num_ranks - 1 - rank) + (num_chunks - 1) * groups[0]))
-    return loop(num_ranks, num_chunks), orders
+    for rank in range(p):
+        forwards, backwards = sequences(groups, rank, p, v)
+        orders.append(one_in_turn(forwards, backwards, min(most, 2 * (p - 1 - rank) + (v - 1) * (group or groups[0]))))
+    return loop(p, v), orders

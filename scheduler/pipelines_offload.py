@@ -11,6 +11,7 @@ from math import ceil, gcd
 from ..parallel.actions import Kind
 from .pipeline_data import Draft, Op, StageCosts, loop
 from .pipeline_timing import times_of
+from .pipelines_basic import sequences
 
 __all__ = ["building_block", "gis", "gis_half", "pipeoffload"]
 
@@ -21,18 +22,11 @@ def gis(num_ranks: int, groups: list[int], num_chunks: int) -> Draft:
     """Interleaved with I and W adjacent, and p(v-1) + p-d forwards before the first backward: v chunks less."""
     orders = []
     for rank in range(num_ranks):
-        forwards: list[Op] = []
-        backwards: list[Op] = []
-        first = 0
-        for size in groups:
-            members = range(first, first + size)
-            forwards += [(F, c * num_ranks + rank, j) for c in range(num_chunks) for j in members]
-            backwards += [(I, c * num_ranks + rank, j) for c in reversed(range(num_chunks)) for j in members]
-            first += size
+        forwards, backwards = sequences(groups, rank, num_ranks, num_chunks)
         warmup = min(len(forwards), groups[0] * (num_chunks - 1) + num_ranks - rank)
         order = forwards[:warmup]
-        for position, backward in enumerate(backwards):
-            order += (backward, (W, backward[1], backward[2]))
+        for position, (_, stage, j) in enumerate(backwards):
+            order += ((I, stage, j), (W, stage, j))
             order += forwards[warmup + position : warmup + position + 1]
         orders.append(order)
     return loop(num_ranks, num_chunks), orders
@@ -99,8 +93,7 @@ def _with_copies(
     items = [
         item
         for item, position in sorted(backward_at.items(), key=lambda pair: pair[1])
-        if item[0] in stages
-        and times[position][0] - times[forward_at[item]][1] >= 2 * costs.copy_s[item[0]]
+        if item[0] in stages and times[position][0] - times[forward_at[item]][1] >= 2 * costs.copy_s[item[0]]
     ]
     loads: list[tuple[float, tuple[int, int]]] = []
     lane_start = float("inf")
@@ -135,7 +128,8 @@ def _with_copies(
     done: set[tuple[int, int]] = set()
     for position, op in enumerate(order):
         while queue and (
-            queue[0][0] <= times[position][0] + 1e-9 or (op[0] in (I, Kind.B) and (LOAD, *op[1:]) in [c for _, c in queue])
+            queue[0][0] <= times[position][0] + 1e-9
+            or (op[0] in (I, Kind.B) and (LOAD, *op[1:]) in [c for _, c in queue])
         ):
             start, copy = queue[0]
             if copy[0] is SAVE and copy[1:] not in done:

@@ -1,0 +1,182 @@
+"""Where a chunk's parameters lie on one rank: the shard that it owns and the gathered copy that units compute with.
+
+Owns the storage and what gathering and dropping do to it. Does not own when (programs) or over what (transports).
+
+    LocalParameters      one rank, or every rank a full copy of its own: nothing to gather
+    WindowParameters     a full copy per rank in shared memory; gathering copies the peers' shards into one's own copy
+    CommonParameters     one copy for all ranks in shared memory; gathering costs nothing
+    GatheredParameters   a private shard; gathering is an all_gather into a copy that may be dropped
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from .sharding import shard_range
+
+__all__ = ["CommonParameters", "GatheredParameters", "LocalParameters", "ParameterStore", "WindowParameters"]
+
+
+class ParameterStore(ABC):
+    """The `param` slot of one chunk on one rank.
+
+    Attributes:
+        start, stop: the elements that this rank owns.
+        shard: [stop - start], what the optimizer updates.
+    """
+
+    start: int
+    stop: int
+    shard: torch.Tensor
+
+    @property
+    @abstractmethod
+    def full(self) -> torch.Tensor | None:
+        """The gathered copy [num_elems], or None while there is none."""
+
+    @abstractmethod
+    def gather(self) -> None:
+        """Make `full` hold every rank's latest shard."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the gathered copy, where it is a copy."""
+
+    @abstractmethod
+    def fill(self, values: torch.Tensor) -> None:
+        """Set the parameters: `values` [num_elems] are the same on every rank."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes that this rank holds now; what ranks share is counted once, at its owner."""
+
+
+class LocalParameters(ParameterStore):
+    """Everything is this rank's own."""
+
+    def __init__(self, num_elems: int, dtype: torch.dtype) -> None:
+        self.start, self.stop = 0, num_elems
+        self.shard = torch.zeros(num_elems, dtype=dtype)
+
+    @property
+    def full(self) -> torch.Tensor:
+        return self.shard
+
+    def gather(self) -> None:
+        """Nothing to do: there are no other shards."""
+
+    def drop(self) -> None:
+        """Nothing to do: the copy is the original."""
+
+    def fill(self, values: torch.Tensor) -> None:
+        self.shard.copy_(values)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.shard.nbytes
+
+
+class WindowParameters(ParameterStore):
+    """Each rank's full copy lies where its peers can read it."""
+
+    def __init__(self, copies: torch.Tensor, rank: int) -> None:
+        self._copies = copies  # [size, num_elems], shared
+        self._rank = rank
+        self.start, self.stop = shard_range(copies.shape[1], copies.shape[0], rank)
+        self.shard = copies[rank, self.start : self.stop]
+
+    @property
+    def full(self) -> torch.Tensor:
+        return self._copies[self._rank]
+
+    def gather(self) -> None:
+        size, num_elems = self._copies.shape
+        for peer in range(size):
+            if peer != self._rank:
+                start, stop = shard_range(num_elems, size, peer)
+                self.full[start:stop].copy_(self._copies[peer, start:stop])
+
+    def drop(self) -> None:
+        """Nothing to do: the copy always stays."""
+
+    def fill(self, values: torch.Tensor) -> None:
+        self.full.copy_(values)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.full.nbytes
+
+
+class CommonParameters(ParameterStore):
+    """One copy, shared; each rank writes its own part and reads all."""
+
+    def __init__(self, common: torch.Tensor, start: int, stop: int, size: int) -> None:
+        self._common = common
+        self._size = size
+        self.start, self.stop = start, stop
+        self.shard = common[start:stop]
+
+    @property
+    def full(self) -> torch.Tensor:
+        return self._common
+
+    def gather(self) -> None:
+        """Nothing to do: the peers' shards are in place."""
+
+    def drop(self) -> None:
+        """Nothing to do: there is no copy."""
+
+    def fill(self, values: torch.Tensor) -> None:
+        self.shard.copy_(values[self.start : self.stop])
+
+    @property
+    def held_bytes(self) -> int:
+        return self.shard.nbytes
+
+
+class GatheredParameters(ParameterStore):
+    """A private shard and, between gather and drop, a private full copy."""
+
+    def __init__(
+        self,
+        num_elems: int,
+        dtype: torch.dtype,
+        size: int,
+        rank: int,
+        all_gather: Callable[[torch.Tensor, torch.Tensor], None],
+        droppable: bool,
+    ) -> None:
+        self.start, self.stop = shard_range(num_elems, size, rank)
+        self._num_elems = num_elems
+        self._all_gather = all_gather
+        self.droppable = droppable
+        self._full = None if droppable else torch.zeros(num_elems, dtype=dtype)
+        self.shard = (
+            torch.zeros(self.stop - self.start, dtype=dtype)
+            if self._full is None
+            else self._full[self.start : self.stop]
+        )
+
+    @property
+    def full(self) -> torch.Tensor | None:
+        return self._full
+
+    def gather(self) -> None:
+        if self._full is None:
+            self._full = torch.empty(self._num_elems, dtype=self.shard.dtype)
+        self._all_gather(self._full, self.shard if self.droppable else self.shard.clone())
+
+    def drop(self) -> None:
+        if self.droppable:
+            self._full = None
+
+    def fill(self, values: torch.Tensor) -> None:
+        self.shard.copy_(values[self.start : self.stop])
+        if self._full is not None:
+            self._full.copy_(values)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.shard.nbytes if self._full is None else self._full.nbytes + self.droppable * self.shard.nbytes

@@ -1,0 +1,196 @@
+"""`Runtime`: the one class that most users need. Checks, runs, returns a `Result`.
+
+Owns the order of a run: checks, run folder, ranks (here or on Ray), result. Each of these has a file of its own.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from .callbacks import Callback
+from .config import DEFAULT_BATCH_SIZE, DEFAULT_STEPS, Job, RuntimeConfig, TrainConfig
+from .result import Result
+
+if TYPE_CHECKING:
+    import ray.data
+    import torch
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import DataLoader, Dataset
+
+    from ..memory.budget import Memory
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """Where runs happen: in this process (`workers=0`, no Ray) or on `workers` ranks under Ray Train.
+
+        runtime = Runtime(workers=2, memory=Memory(host="2GiB"))
+        result = runtime.train(model, data, loss=torch.nn.functional.cross_entropy)
+
+    Args:
+        workers: ranks; 0 trains in this process, for debuggers and notebooks, with the same code.
+        memory: the budget of each worker; None detects it from the machine or its cgroup.
+        address: None starts Ray on this machine for the run (or uses the one that this process has already); "auto" or
+            "ray://host:port" uses a cluster.
+        resources_per_worker: as in Ray Train, e.g. `{"CPU": 4, "GPU": 1}`.
+        placement_strategy: as in Ray Train.
+        storage_path: where run folders go: a path, or a URI of any file system that pyarrow opens. None: `./runs`.
+        name: the run folder's name; None makes one of the time.
+        progress: show the run on the console.
+
+    Raises:
+        ValueError: an argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        memory: "Memory | None" = None,
+        address: str | None = None,
+        resources_per_worker: Mapping[str, float] | None = None,
+        placement_strategy: str = "PACK",
+        storage_path: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        self.config = RuntimeConfig(
+            workers=workers,
+            memory=memory,
+            address=address,
+            resources_per_worker=resources_per_worker,
+            placement_strategy=placement_strategy,
+            storage_path=os.fspath(storage_path) if storage_path is not None else None,
+            name=name,
+            progress=progress,
+        )
+
+    def train(
+        self,
+        model: "nn.Module | Callable[[], nn.Module]",
+        data: "Dataset[Any] | DataLoader[Any] | ray.data.Dataset | Sequence[Any] | Callable[[], Any]",
+        loss: Callable[[Any, Any], Any] | None = None,
+        optimizer: "Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None" = None,
+        lr_scheduler: "Callable[[torch.optim.Optimizer], LRScheduler] | None" = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        shuffle: bool = False,
+        micro_batches: int = 1,
+        steps: int = DEFAULT_STEPS,
+        epochs: int | None = None,
+        clip_grad_norm: float | None = None,
+        precision: str = "float32",
+        zero: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        *,
+        forward: "Callable[[nn.Module, Any], Any] | None" = None,
+        seed: int = 0,
+        units: Sequence[str] | None = None,
+    ) -> Result:
+        """Train `model` on `data`, and return what came out.
+
+        A batch that is a dict goes in as `model(**batch)`, and `loss`, if given, gets `(output, batch)`; a tuple as
+        `model(*batch[:-1])` with `loss(output, batch[-1])`, or whole where no loss is given; a tensor as `model(batch)`
+        with `loss(output, batch)`.
+
+        Args:
+            model: trained in place where workers=0; a function is called on each worker.
+            data: a torch Dataset, IterableDataset or DataLoader, a function that returns one, or a ray.data.Dataset.
+            loss: gives the mean over the samples it was given; None: the output itself, or its `.loss`.
+            optimizer: `f(params)`, element-wise, e.g. `functools.partial(torch.optim.AdamW, lr=3e-4)`; None: AdamW.
+            lr_scheduler: `f(optimizer)`, advanced after each step.
+            batch_size: samples of a global batch, over all ranks and micro-batches.
+            shuffle: seeded; the order is the same for any number of ranks.
+            micro_batches: gradient accumulation, per rank.
+            steps: updates; the data starts again when it ends.
+            epochs: passes over the data, instead of `steps`.
+            clip_grad_norm: the largest global gradient norm.
+            precision: "float32", or "bf16" with float32 masters.
+            zero: 0 to 3: nothing, optimizer states, gradients too, parameters too are sharded; None: the planner's choice.
+            callbacks: run on rank 0, in the worker.
+            forward: `f(model, batch)` instead of the ways to call the model above.
+            seed: of the order of data, of a model that a function builds, and of dropout.
+            units: names of the modules to schedule; None finds them.
+
+        Raises:
+            ValueError: before anything starts: an argument that cannot be, data that yields nothing, more workers than
+                the cluster can hold. From the workers: data or a model behind a function that cannot be trained on.
+            NotFinite: the loss became NaN or infinite.
+            WorkerError: a worker failed; names rank, step and unit, and holds the worker's traceback.
+        """
+        config = TrainConfig(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            micro_batches=micro_batches,
+            steps=steps,
+            epochs=epochs,
+            clip_grad_norm=clip_grad_norm,
+            precision=precision,
+            zero=zero,
+            seed=seed,
+        )
+        job = Job(
+            config=config,
+            model=model,
+            data=data,
+            loss=loss,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            forward=forward,
+            callbacks=tuple(callbacks),
+            units=units,
+            memory=self.config.memory,
+        )
+        return _run(job, self.config)
+
+
+def _run(job: Job, config: RuntimeConfig) -> Result:
+    from .data import check_data
+    from .recorder import Recorder
+    from .run_folder import RunFolder
+
+    check_data(job.data, job.config, max(1, config.workers))
+    if config.workers == 0:
+        _check_alone()
+    else:
+        from .cluster import check_here, train_on_cluster
+
+        check_here(job, config)
+    name = config.run_name(datetime.now())
+    folder = RunFolder(config.storage_path, name)
+    recorder = Recorder(folder, config, job.config, _display(config))
+    try:
+        if config.workers == 0:
+            from .worker import Place, train_rank
+
+            train_rank(job, Place(), recorder, str(folder.local))
+        else:
+            train_on_cluster(job, replace(config, name=name), folder, recorder)
+    except KeyboardInterrupt:
+        recorder.finish("interrupted")
+        raise
+    except BaseException as error:
+        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+    return Result(folder.path, recorder.metrics, recorder.plan, recorder.finish("finished"))
+
+
+def _display(config: RuntimeConfig) -> Any:
+    if not config.progress:
+        return None
+    from .progress import LiveDisplay
+
+    return LiveDisplay()
+
+
+def _check_alone() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"workers=0 trains in this process alone, but it is one of {distributed.get_world_size()} of a torch.distributed "
+            "group; use outgrow.Engine in a loop of your own under torchrun, or workers=N from one process"
+        )

@@ -1,0 +1,398 @@
+"""The engine: one rank's training step as a program, for loops of one's own and for `Runtime`.
+
+Owns putting the parts together: units, chunks, plan, program, executor, and one step's life. Does not own processes,
+data, files or displays.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..memory.budget import Memory, format_bytes
+from ..memory.errors import DoesNotFit, NotFinite
+from ..memory.process import peak_host_bytes, read_process_memory, reset_peak
+from ..memory.timeline import Timeline
+from ..parallel.actions import Action, Kind
+from ..parallel.collectives import Transport, open_transport
+from ..parallel.units import assign_chunks, find_units, named_trainable
+from ..scheduler.passes import compile_program
+from ..scheduler.plan import plan_for_zero
+from ..scheduler.program import ChunkUse, Program, StepShape, UnitUse
+from ..scheduler.trace import Trace, trace_model
+from .batch import Forward, Loss, call_loss, call_model, cast_floats, num_samples, num_tokens, split_batch
+from .executor import Executor
+from .model_state import ModelState
+from .optimizer import OptimizerFactory, PiecewiseOptimizer
+from .precision import cast_buffers, compute_dtypes
+from .saved_tensors import saved_by_place
+from .unit_hooks import UnitHooks
+from .weights import full_state_dict, write_weights
+
+__all__ = ["Engine", "Statistics", "StepResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        step: its number, from 1.
+        loss: the mean over all samples of the global batch; the same on every rank.
+        grad_norm: the global gradient norm before clipping.
+        lr: learning rate of the first group in this step.
+        num_samples, num_tokens: of the global batch; tokens are the elements of the first integer tensor.
+        step_s: seconds on this rank.
+        peak_bytes: tier -> most bytes that this rank's process held.
+        timeline: this rank's.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    lr: float
+    num_samples: int
+    num_tokens: int
+    step_s: float
+    peak_bytes: dict[str, int]
+    timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A snapshot of the bytes of model state on this rank, read off the storages.
+
+    Attributes:
+        bytes_by_slot: now.
+        peak_bytes_by_slot: at the last step's fullest moment, the end of its backward.
+    """
+
+    bytes_by_slot: dict[str, int]
+    peak_bytes_by_slot: dict[str, int]
+
+
+class Engine:
+    """Trains a model step by step, its state sharded over the ranks of the process group that exists, if any.
+
+    Args:
+        model: trained in place; its parameters become views into chunks.
+        optimizer: f(params) -> torch.optim.Optimizer, element-wise; None: AdamW, fused.
+        lr_scheduler: f(optimizer) -> torch LRScheduler, stepped once a step.
+        loss: f(output, target) -> mean over the samples it was given; None: the output itself, or its `.loss`.
+        forward: f(model, batch) -> output, instead of the conventions for dicts, tuples and tensors.
+        memory: the budget of this process; None: the share of the machine or cgroup that falls to a rank.
+        micro_batches: parts that a rank's batch is cut into, one after the other.
+        clip_grad_norm: greatest global gradient norm, or None.
+        precision: "float32" (as the model is) or "bf16" (float32 masters).
+        zero: 0..3; None: 3 on several ranks, else 0.
+        seed: of dropout and the like.
+        units: names of the modules to schedule as units; None: found.
+        transport: "shared-memory" or "gloo"; None: chosen by measurement.
+
+    Raises:
+        ValueError: arguments that cannot be, a model without trainable parameters, an optimizer that cannot be sharded.
+        DoesNotFit: the model's state alone exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        loss: Loss | None = None,
+        forward: Forward | None = None,
+        memory: Memory | None = None,
+        micro_batches: int = 1,
+        clip_grad_norm: float | None = None,
+        precision: str = "float32",
+        zero: int | None = None,
+        seed: int = 0,
+        units: Sequence[str] | None = None,
+        transport: str | None = None,
+    ) -> None:
+        _check(model, micro_batches, clip_grad_norm)
+        self.model = model
+        self._loss = loss
+        self._custom_forward = forward
+        self._dtype = torch.bfloat16 if precision == "bf16" else None
+        dtypes = compute_dtypes(model, precision)
+        self._units = find_units(model, units)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._layouts = assign_chunks(model, self._units, ranks, dtypes)
+        zero = zero if zero is not None else (3 if ranks > 1 else 0)
+        clips = clip_grad_norm is not None
+        self.plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
+        self.transport: Transport | None = open_transport(kind=transport) if ranks > 1 else None
+        self.memory = memory or Memory.detect(ranks)
+        self._check_fit()
+        self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self.state = ModelState(model, self._layouts, self.plan, self._optimizer, self.transport, clip_grad_norm)
+        cast_buffers(model, precision)
+        self.lr_scheduler = lr_scheduler(self._optimizer.optimizer) if lr_scheduler else None
+        self._executor = Executor(
+            {
+                Kind.GATHER: self.state.gather,
+                Kind.DROP: self.state.drop,
+                Kind.REDUCE: self.state.reduce,
+                Kind.NORM: self._norm,
+                Kind.STEP: self.state.step,
+            }
+        )
+        self._hooks = UnitHooks(self._units, self._executor, (seed, self.rank), self._input_dtype)
+        self._trace: Trace | None = None
+        self._program: Program | None = None
+        self._peak_slots: dict[str, int] = {}
+        self._step = 0
+        self.timeline = Timeline(())
+        self.state.drop_all()
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank if self.transport is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.plan.world_size
+
+    @property
+    def transport_name(self) -> str:
+        """`single`, `shared-memory` or `gloo`."""
+        return self.transport.name if self.transport is not None else "single"
+
+    @property
+    def program(self) -> Program | None:
+        """What a step runs; None before the first one."""
+        return self._program
+
+    def step(self, batch: Any) -> StepResult:
+        """Forward, backward, reduce, clip, update on this rank's samples of the global batch. Collective.
+
+        Args:
+            batch: this rank's samples; None where a small last batch leaves it none.
+
+        Raises:
+            NotFinite: the loss is NaN or infinite; names the step and the first unit whose output was not finite.
+            OutOfOrder: the model runs its units in another order than in the first step.
+            Whatever the model raises, with a note that says in which unit.
+        """
+        started = time.perf_counter()
+        reset_peak()
+        self._step += 1
+        random_state = torch.get_rng_state()
+        try:
+            local = num_samples(batch)
+            micro = split_batch(batch, self.plan.micro_batches)
+            counts = [float(local), float(num_tokens(batch) if local else 0)]
+            if self.transport is not None:
+                counts = self.transport.gather_rows(counts).sum(dim=0).tolist()
+            samples, tokens = int(counts[0]), int(counts[1])
+            if samples == 0:
+                raise ValueError("a step needs at least one sample; no rank was given any")
+            self._compile(micro)
+            assert self._program is not None
+            self.state.micro_loss = 0.0
+            self._executor.begin(self._program)
+            for number, part in enumerate(micro):
+                if part is None:
+                    self._executor.skip_micro_batch(number)
+                else:
+                    self._run_micro_batch(number, part, num_samples(part), samples)
+            self.timeline = self._executor.finish()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            torch.set_rng_state(random_state)
+        lr = self._optimizer.lr
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        return StepResult(
+            self._step,
+            self.state.loss,
+            self.state.grad_norm,
+            lr,
+            samples,
+            tokens,
+            time.perf_counter() - started,
+            {"host": peak_host_bytes(self.state.shared_bytes)},
+            Timeline(self.timeline.spans, self.timeline.peak_bytes, self.rank),
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Full weights and buffers on the host, by the model's own names, tied ones under each. Collective."""
+        with self.gathered():
+            return full_state_dict(self.model, self.state, self._original_dtypes)
+
+    def export(self, path: Path | str) -> None:
+        """Write the full weights to a safetensors file, on rank 0. Collective."""
+        with self.gathered():
+            write_weights(path if self.rank == 0 else None, self.model, self.state, self._original_dtypes)
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The model with all its weights in place, for evaluation between steps. Collective."""
+        self.state.gather_all()
+        try:
+            yield self.model
+        finally:
+            self.state.drop_all()
+
+    def statistics(self) -> Statistics:
+        """Bytes of model state on this rank, now and at the last step's fullest moment."""
+        return Statistics(self.state.held_bytes(), dict(self._peak_slots))
+
+    def close(self) -> None:
+        """End the lanes and leave the group; the model keeps its (gathered) weights."""
+        self._hooks.remove()
+        self._executor.close()
+        if self.transport is not None and not self.state.drops_copies:
+            self.transport.close()
+        self.transport = None
+
+    # ---- one step
+
+    def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
+        self._hooks.begin_forward(self._step, number)
+        with self._saved_tensors():
+            output = self._forward(self.model, part)
+            if self._dtype is not None:
+                output = cast_floats(output, torch.float32)
+            loss = call_loss(self._loss, output, part)
+        weight = local / samples
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._not_finite(value, number)
+        del output
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on any trainable parameter: nothing can be trained")
+        self._hooks.begin_backward()
+        loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
+        self._hooks.end()
+        self.state.micro_loss += value * local / samples
+        self._executor.complete_micro_batch(number)
+
+    def _forward(self, model: nn.Module, part: Any) -> Any:
+        if self._dtype is not None:
+            part = cast_floats(part, self._dtype)
+        if self._custom_forward is not None:
+            return self._custom_forward(model, part)
+        return call_model(model, part, self._loss is not None)
+
+    def _saved_tensors(self) -> Any:
+        return saved_by_place(self.state) if self.state.drops_copies else nullcontext()
+
+    def _norm(self, action: Action) -> None:
+        self._peak_slots = self.state.held_bytes()  # the fullest moment: all gradients are there
+        self.state.norm(action)
+
+    def _not_finite(self, value: float, number: int) -> NotFinite:
+        unit = self._hooks.first_not_finite()
+        where = f"the first unit whose output was not finite is {unit}" if unit else "every unit's output was finite"
+        error = NotFinite(
+            f"step {self._step}, rank {self.rank}, micro-batch {number}: the loss is {value}; {where}. The weights are "
+            "those after the step before. A smaller learning rate, clip_grad_norm, or a look at this batch may help."
+        )
+        error.outgrow_unit = unit  # pyright: ignore[reportAttributeAccessIssue]
+        return error
+
+    def _fail(self, error: BaseException) -> None:
+        running = self._executor.running
+        unit = self._hooks.name_of(running.index) if running is not None and running.index is not None else None
+        self._hooks.end()
+        self._executor.abort(error)
+        self.state.forget_gradients()
+        if not hasattr(error, "outgrow_step"):
+            error.outgrow_step = self._step  # pyright: ignore[reportAttributeAccessIssue]
+            error.outgrow_rank = self.rank  # pyright: ignore[reportAttributeAccessIssue]
+            if not hasattr(error, "outgrow_unit"):
+                error.outgrow_unit = unit  # pyright: ignore[reportAttributeAccessIssue]
+            place = f" in unit {unit} ({running})" if unit else ""
+            error.add_note(f"rank {self.rank}, step {self._step}{place}")
+
+    # ---- before the first step
+
+    def _compile(self, micro: Sequence[Any]) -> None:
+        """Record the order of units and compile the program, once."""
+        if self._program is not None:
+            return
+        part = next((part for part in micro if part is not None), None)
+        if part is None:
+            raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
+        needs_weights = self.state.drops_copies  # a model that cannot run on meta tensors runs for real
+        with self.gathered() if needs_weights else nullcontext():
+            self._trace = trace_model(self.model, self._units, self._forward, part)
+        self._hooks.follow(self._trace)
+        chunk_of = {item.name: layout.index for layout in self._layouts for item in layout.fields}
+        units = tuple(
+            UnitUse(
+                self._units[call.unit].name,
+                tuple(sorted({chunk_of[name] for name in call.parameters})),
+                call.has_backward,
+            )
+            for call in self._trace.calls
+        )
+        root = {layout.index for layout in self._layouts if not any(layout.index in unit.chunks for unit in units)}
+        held = tuple(sorted(root | {chunk_of[name] for name in self._trace.between}))
+        chunks = tuple(ChunkUse(layout.num_bytes, layout.trainable) for layout in self._layouts)
+        self._program = compile_program(StepShape(units, chunks, held), self.plan)
+
+    def _input_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """In bf16, a unit's floating inputs come in the dtype of its parameters."""
+        if self._dtype is None:
+            return None
+        dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else self._dtype
+
+    def _check_fit(self) -> None:
+        """Refuse what cannot fit before anything is moved: state alone, without activations."""
+        budget = self.memory.host_bytes
+        if budget is None:
+            return
+        ranks, needed = self.plan.world_size, 0
+        for layout, decision in zip(self._layouts, self.plan.chunks, strict=True):
+            elems = layout.num_elems
+            needed += layout.num_bytes // (ranks if decision.parameters_sharded else 1)
+            if layout.trainable:
+                shards = ranks if decision.optimizer_sharded else 1
+                needed += elems * 4 // (ranks if decision.gradients_sharded else 1)
+                needed += 8 * elems // shards + (4 * elems // shards if layout.dtype is not torch.float32 else 0)
+        model_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        base = max(read_process_memory().resident_bytes - model_bytes, 0)
+        if base + needed > budget:
+            raise DoesNotFit(
+                f"the model's state needs {format_bytes(needed)} on rank {self.rank} (zero={self.plan.zero}, {ranks} "
+                f"ranks, two optimizer slots) beside {format_bytes(base)} of the process itself; the host budget is "
+                f"{format_bytes(budget)}, so {format_bytes(base + needed - budget)} are missing before any activation. "
+                f"Give more memory, more workers with zero=3, or a smaller model."
+            )
+
+
+def _check(model: nn.Module, micro_batches: int, clip_grad_norm: float | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, it is {type(model).__name__}")
+    if not named_trainable(model):
+        raise ValueError(
+            f"this {type(model).__name__} has no trainable parameter: every requires_grad is False, or none"
+        )
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(f"micro_batches={micro_batches!r}: a positive number")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: a positive number, or None")
+    places: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.device.type != "meta":
+            other = places.setdefault(parameter.untyped_storage().data_ptr(), name)
+            if other != name and parameter.data_ptr() == dict(model.named_parameters())[other].data_ptr():
+                raise ValueError(
+                    f"the parameters {other} and {name} are two objects on the same memory; tie weights by assigning "
+                    "the same Parameter to both modules"
+                )

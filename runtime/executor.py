@@ -1,0 +1,299 @@
+"""The one executor: walks a program on lanes.
+
+Owns: starting every instruction when its dependencies are done, each lane in its own order; spans; deadlines; the
+release of every waiting lane when something fails. Does not own what actions do: handlers are given for each kind.
+
+The `compute` lane is the caller. A model keeps its own `forward`: hooks call `advance_to(F12.3)`, which runs whatever
+the program puts before that action on the compute lane, waits for the action's dependencies and returns to the model;
+the next `advance_to` or `complete_micro_batch` ends it. Every other lane is a thread.
+"""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from ..memory.errors import LaneTimeout, OutOfOrder
+from ..memory.timeline import Span, Timeline
+from ..parallel.actions import Action, Kind
+from ..scheduler.program import Lane, Program
+
+__all__ = ["Executor", "Handler"]
+
+Handler = Callable[[Action], None]
+
+
+class Executor:
+    """Runs programs, one step after the other.
+
+    Args:
+        handlers: what to do for each kind of action; compute kinds need none (the model is what they do).
+        deadline_s: how long a wait may last in which no action at all finishes.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[Kind, Handler],
+        deadline_s: float = 1800.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._handlers = dict(handlers)
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._threads: dict[Lane, threading.Thread] = {}
+        self._program: Program | None = None
+        self._step = 0
+        self._done = bytearray()
+        self._num_done = 0
+        self._idle: set[Lane] = set()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._cursor = 0
+        self._current: int | None = None
+        self._current_start_s = 0.0
+        self._start_s = 0.0
+        self._spans: list[Span] = []
+
+    def __enter__(self) -> "Executor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def running(self) -> Action | None:
+        """The compute action that the model is in, if any."""
+        if self._current is None or self._program is None:
+            return None
+        return self._program.instructions[self._current].action
+
+    @property
+    def active(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._program is not None
+
+    def begin(self, program: Program) -> None:
+        """Start a step: the lanes other than `compute` set off at once."""
+        assert self._program is None, "a step is running already"
+        assert not self._closed, "this executor is closed"
+        for lane in program.by_lane:
+            if lane is not Lane.COMPUTE and lane not in self._threads:
+                thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
+                self._threads[lane] = thread
+                thread.start()
+        with self._changed:
+            self._program = program
+            self._done = bytearray(len(program.instructions))
+            self._num_done = 0
+            self._idle = {Lane.COMPUTE}
+            self._failure = None
+            self._cursor = 0
+            self._current = None
+            self._spans = []
+            self._start_s = self._clock()
+            self._step += 1
+            self._changed.notify_all()
+
+    def advance_to(self, action: Action) -> None:
+        """Come to a compute action: finish the one before it, run what lies between, wait for what it needs.
+
+        A backward action that the program has and no gradient reached is passed over.
+
+        Raises:
+            OutOfOrder: the program has another forward action next.
+            LaneTimeout, or what another lane failed with.
+        """
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        while self._cursor < len(order):
+            position = order[self._cursor]
+            found = program.instructions[position].action
+            if found == action:
+                self._wait_for(position)
+                self._cursor += 1
+                self._current = position
+                self._current_start_s = self._clock()
+                return
+            if found.kind is Kind.F or (found.kind.is_compute and action.kind is Kind.F):
+                raise OutOfOrder(f"the program has {found} next, the model came to {action}")
+            self._pass(position)
+        raise OutOfOrder(f"the program has no {action} left, the model came to it")
+
+    def complete_micro_batch(self, micro_batch: int) -> None:
+        """The backward of `micro_batch` is over: end the last action, pass over backwards that no gradient reached."""
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        while self._cursor < len(order):
+            position = order[self._cursor]
+            found = program.instructions[position].action
+            if found.kind is Kind.F or found.micro_batch != micro_batch:
+                return
+            self._pass(position)
+
+    def skip_micro_batch(self, micro_batch: int) -> None:
+        """There is no sample for `micro_batch`: its forwards and backwards are done at once, all else runs."""
+        program = self._running_program()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        while self._cursor < len(order):
+            position = order[self._cursor]
+            if program.instructions[position].action.micro_batch != micro_batch:
+                return
+            self._pass(position)
+
+    def finish(self) -> Timeline:
+        """Run the rest of the compute lane, wait for the other lanes, end the step.
+
+        Raises:
+            OutOfOrder: forwards are left that the model did not come to.
+        """
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        while self._cursor < len(order):
+            position = order[self._cursor]
+            found = program.instructions[position].action
+            if found.kind is Kind.F:
+                raise OutOfOrder(f"the program has {found} next, but the model's step is over")
+            self._pass(position)
+        with self._changed:
+            self._wait(lambda: len(self._idle) > len(self._threads_of(program)), "the end of the step")
+            self._program = None
+        return Timeline(tuple(sorted(self._spans, key=lambda span: span.start_s)))
+
+    def abort(self, error: BaseException) -> None:
+        """Give the step up: every lane stops at its next action, and every wait ends with `error`."""
+        with self._changed:
+            if self._failure is None:
+                self._failure = error
+            self._program = None
+            self._current = None
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the lanes. A step that is running is aborted."""
+        with self._changed:
+            self._closed = True
+            if self._program is not None and self._failure is None:
+                self._failure = RuntimeError("the executor was closed")
+            self._program = None
+            self._changed.notify_all()
+        for thread in self._threads.values():
+            thread.join(timeout=5)
+        self._threads.clear()
+
+    def _running_program(self) -> Program:
+        if self._failure is not None:
+            raise self._failure
+        assert self._program is not None, "no step is running"
+        return self._program
+
+    def _threads_of(self, program: Program) -> list[Lane]:
+        return [lane for lane in program.by_lane if lane is not Lane.COMPUTE]
+
+    def _finish_current(self) -> None:
+        if self._current is not None:
+            position, self._current = self._current, None
+            self._mark_done(Lane.COMPUTE, position, self._current_start_s)
+
+    def _pass(self, position: int) -> None:
+        """Do an instruction of the compute lane here and now; compute actions have nothing left to do."""
+        assert self._program is not None
+        action = self._program.instructions[position].action
+        self._wait_for(position)
+        self._cursor += 1
+        if action.kind.is_compute:
+            self._mark_done(Lane.COMPUTE, position, None)
+        else:
+            started = self._clock()
+            self._handlers[action.kind](action)
+            self._mark_done(Lane.COMPUTE, position, started)
+
+    def _mark_done(self, lane: Lane, position: int, start_s: float | None) -> None:
+        program = self._program
+        assert program is not None
+        if start_s is not None:
+            instruction = program.instructions[position]
+            end_s = self._clock() - self._start_s
+            self._spans.append(
+                Span(str(lane), str(instruction.action), start_s - self._start_s, end_s, instruction.num_bytes)
+            )
+        with self._changed:
+            self._done[position] = 1
+            self._num_done += 1
+            self._changed.notify_all()
+
+    def _wait_for(self, position: int) -> None:
+        program = self._running_program()
+        instruction = program.instructions[position]
+        if all(self._done[before] for before in instruction.after):
+            return
+        with self._changed:
+            self._wait(lambda: all(self._done[before] for before in instruction.after), str(instruction.action))
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait under the lock until `ready`, a failure, or a deadline without any progress."""
+        while not ready():
+            if self._failure is not None:
+                raise self._failure
+            before = self._num_done
+            if not self._changed.wait(self._deadline_s) and self._num_done == before and not ready():
+                raise LaneTimeout(
+                    f"{what} waited {self._deadline_s:g} s in which no action finished; {self._pending()}"
+                )
+        if self._failure is not None:
+            raise self._failure
+
+    def _pending(self) -> str:
+        """What every lane comes to next and what that waits for, for the message of a deadline."""
+        program = self._program
+        if program is None:
+            return "no step is running"
+        words = []
+        for lane, order in program.by_lane.items():
+            position = next((p for p in order if not self._done[p]), None)
+            if position is not None:
+                instruction = program.instructions[position]
+                missing = [str(program.instructions[b].action) for b in instruction.after if not self._done[b]]
+                words.append(f"{lane} is at {instruction.action}, waiting for {', '.join(missing) or 'its end'}")
+        return "; ".join(words) or "all lanes are done"
+
+    def _run_lane(self, lane: Lane) -> None:
+        seen = 0
+        while True:
+            with self._changed:
+                while not self._closed and (self._program is None or self._step == seen):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                program, seen = self._program, self._step
+            assert program is not None
+            try:
+                self._run_lane_step(lane, program, seen)
+            except BaseException as error:
+                if error is not self._failure:  # else: released from a wait by another lane's failure
+                    error.add_note(f"on lane {lane}:\n{''.join(traceback.format_tb(error.__traceback__))}")
+                    self.abort(error)
+
+    def _run_lane_step(self, lane: Lane, program: Program, step: int) -> None:
+        for position in program.by_lane.get(lane, ()):
+            with self._changed:
+                if self._step != step or self._program is not program:
+                    return  # aborted
+                instruction = program.instructions[position]
+                self._wait(lambda i=instruction: all(self._done[before] for before in i.after), str(instruction.action))
+            started = self._clock()
+            self._handlers[instruction.action.kind](instruction.action)
+            with self._changed:
+                if self._program is not program:
+                    return
+            self._mark_done(lane, position, started)
+        with self._changed:
+            self._idle.add(lane)
+            self._changed.notify_all()

@@ -1,0 +1,325 @@
+"""The model's state on one rank: parameters, gradients and optimizer slots, chunk by chunk.
+
+Owns the storage of every chunk and what GATHER, DROP, REDUCE, NORM and STEP do to it. Does not own when they happen
+(programs, the executor), the exchange between ranks (`parallel/collectives.py`) or the update rule (`optimizer.py`).
+
+The model keeps its own Parameter objects; their `.data` are views into the chunk's gathered copy.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..memory.chunk import ChunkLayout
+from ..parallel.actions import Action
+from ..parallel.collectives import Transport
+from ..parallel.placement import CommonParameters, GatheredParameters, LocalParameters, ParameterStore, WindowParameters
+from ..parallel.sharding import owned_pieces
+from ..scheduler.plan import Plan
+from .optimizer import PiecewiseOptimizer
+
+__all__ = ["ChunkState", "ModelState"]
+
+
+@dataclass
+class ChunkState:
+    """One chunk's slots on one rank.
+
+    Attributes:
+        master: float32 of the owned range where the model computes in another dtype, else None.
+        sums: float32 gradients summed over ranks and micro-batches: of the owned range, or of the whole chunk.
+        squares: sum of squares of `sums` over the owned range.
+        used: per field, whether any rank had a gradient in this step.
+    """
+
+    layout: ChunkLayout
+    store: ParameterStore
+    parameters: list[nn.Parameter]
+    master: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    squares: float = 0.0
+    used: torch.Tensor | None = None
+    pieces: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)  # (field index, tensor, offset in sums)
+
+
+class ModelState:
+    """Moves a model's parameters into chunks and carries out the actions on them.
+
+    Args:
+        model: its parameters' `.data` are replaced by views; the originals are let go chunk by chunk.
+        layouts: the chunks, covering every parameter.
+        plan: what is sharded.
+        optimizer: made from the model's parameters, before they are moved.
+        transport: None on a single rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Sequence[ChunkLayout],
+        plan: Plan,
+        optimizer: PiecewiseOptimizer,
+        transport: Transport | None,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self._plan = plan
+        self._optimizer = optimizer
+        self._transport = transport
+        self._clip_grad_norm = clip_grad_norm
+        self._by_name = dict(model.named_parameters())
+        self._placeholders = {layout.dtype: torch.empty(0, dtype=layout.dtype) for layout in layouts}
+        self._reduces = transport is not None or plan.precision != "float32"
+        self.grad_norm: float | None = None
+        self.loss = 0.0
+        self.micro_loss = 0.0
+        self.chunks = [self._adopt(layout) for layout in layouts]
+        self._place_of = {
+            item.name: (chunk, index) for chunk in self.chunks for index, item in enumerate(chunk.layout.fields)
+        }
+        self._optimizer.place(self._pieces_by_name())
+        trainable = [chunk for chunk in self.chunks if chunk.layout.trainable]
+        if transport is not None and trainable:
+            dtypes = {chunk.layout.dtype for chunk in trainable}
+            transport.prepare_reduce(
+                max(chunk.layout.num_elems for chunk in trainable),
+                dtypes.pop()
+                if len(dtypes) == 1
+                else torch.float32,  # mixed: narrower gradients are widened when packed
+                max(len(chunk.layout.fields) for chunk in trainable),
+            )
+
+    # ---- the handlers of a program's actions
+
+    def gather(self, action: Action) -> None:
+        chunk = self._chunk(action)
+        chunk.store.gather()
+        self._point_at_full(chunk)
+
+    def drop(self, action: Action) -> None:
+        chunk = self._chunk(action)
+        chunk.store.drop()
+        self._point_at_full(chunk)
+
+    def reduce(self, action: Action) -> None:
+        """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
+        chunk = self._chunk(action)
+        for parameter in chunk.parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"a parameter of unit {chunk.layout.unit} got a sparse gradient; build the layer with sparse=False"
+                )
+        first = chunk.used is None
+        whole = self._transport is None or not self._plan.chunks[chunk.layout.index].gradients_sharded
+        if chunk.sums is None:
+            size = chunk.layout.num_elems if whole else chunk.store.stop - chunk.store.start
+            chunk.sums = torch.zeros(size, dtype=torch.float32)
+        if self._transport is None:
+            used = self._add_locally(chunk, accumulate=not first)
+        else:
+            chunk.squares, used = self._transport.reduce(
+                lambda flat, flags: _pack(chunk, flat, flags),
+                chunk.layout.num_elems,
+                len(chunk.layout.fields),
+                chunk.sums,
+                whole,
+                accumulate=not first,
+            )
+        chunk.used = used if chunk.used is None else chunk.used | used
+
+    def norm(self, _action: Action) -> None:
+        """The global gradient norm, the step's loss, and clipping (ALGORITHMS 1.8)."""
+        if self._transport is None:
+            self.loss = self.micro_loss
+            named = [(name, self._local_gradient(name)) for name in self._by_name]
+            gradients = [gradient for _, gradient in named if gradient is not None]
+            total = get_total_norm(gradients) if gradients else torch.zeros(())
+            self.grad_norm = total.item()
+            if self._clip_grad_norm is not None and gradients:
+                holders = [_Holder(gradient) for gradient in gradients]
+                clip_grads_with_norm_(holders, self._clip_grad_norm, total)  # pyright: ignore[reportArgumentType]
+            return
+        squares = sum(chunk.squares for chunk in self.chunks if chunk.used is not None)
+        rows = self._transport.gather_rows([squares, self.micro_loss])
+        total_squares, self.loss = (sum(column) for column in rows.T.tolist())
+        self.grad_norm = total_squares**0.5
+        if self._clip_grad_norm is not None:
+            factor = min(1.0, self._clip_grad_norm / (self.grad_norm + 1e-6))
+            if factor < 1.0:
+                for chunk in self.chunks:
+                    if chunk.sums is not None:
+                        chunk.sums.mul_(factor)
+
+    def step(self, action: Action) -> None:
+        """Update the pieces of a chunk that this rank owns, and forget their gradients."""
+        chunk = self._chunk(action)
+        for index, piece, offset in chunk.pieces:
+            if not self._reduces:
+                gradient = chunk.parameters[index].grad
+                chunk.parameters[index].grad = None
+                piece.grad = None if gradient is None else gradient.view(piece.shape)
+            elif chunk.used is not None and chunk.used[index] and chunk.sums is not None:
+                piece.grad = chunk.sums[offset : offset + piece.numel()].view(piece.shape)
+        self._optimizer.step(chunk.layout.index)
+        if chunk.master is not None:
+            chunk.store.shard.copy_(chunk.master)
+        chunk.used = None
+
+    # ---- what others ask
+
+    def gather_all(self) -> None:
+        """Gather every chunk: for looking at the model between steps. Collective."""
+        if self._transport is not None:
+            self._transport.gather_rows([0.0])  # every rank's last update is done
+        for chunk in self.chunks:
+            chunk.store.gather()
+            self._point_at_full(chunk)
+
+    def drop_all(self) -> None:
+        """Back to what the plan keeps between steps."""
+        for chunk in self.chunks:
+            chunk.store.drop()
+            self._point_at_full(chunk)
+
+    def forget_gradients(self) -> None:
+        """After a failed step: no gradient is left over for the next."""
+        for chunk in self.chunks:
+            chunk.used = None
+            for parameter in chunk.parameters:
+                parameter.grad = None
+
+    @property
+    def drops_copies(self) -> bool:
+        """Whether gathered copies really go away: tensors that autograd saves must then not hold on to them."""
+        return any(isinstance(chunk.store, GatheredParameters) and chunk.store.droppable for chunk in self.chunks)
+
+    @property
+    def has_masters(self) -> bool:
+        return any(chunk.master is not None for chunk in self.chunks)
+
+    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and float32 value of every parameter whose master is kept beside it. Collective."""
+        for chunk in self.chunks:
+            if chunk.master is None:
+                continue
+            full = chunk.master
+            if self._transport is not None and full.numel() < chunk.layout.num_elems:
+                full = self._transport.all_gather(full)
+            for item in chunk.layout.fields:
+                yield item.name, chunk.layout.view(full, item)
+
+    def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
+        """Rank 0's value on every rank: buffers such as running statistics are each rank's own. Collective."""
+        return value if self._transport is None else self._transport.broadcast(value)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that this rank holds as its own share."""
+        if self._transport is None:
+            return 0
+        stores = [c.store for c in self.chunks if isinstance(c.store, (CommonParameters, WindowParameters))]
+        return sum(store.held_bytes for store in stores) + self._transport.buffer_bytes
+
+    def held_bytes(self) -> dict[str, int]:
+        """Slot -> bytes that this rank holds now, read off the storages themselves."""
+        sizes = {"param": sum(chunk.store.held_bytes for chunk in self.chunks)}
+        grads = sum(p.grad.nbytes for chunk in self.chunks for p in chunk.parameters if p.grad is not None)
+        sizes["grad"] = grads + sum(chunk.sums.nbytes for chunk in self.chunks if chunk.sums is not None)
+        master = sum(chunk.master.nbytes for chunk in self.chunks if chunk.master is not None)
+        if master:
+            sizes["master"] = master
+        return sizes | self._optimizer.slot_bytes()
+
+    # ---- storage
+
+    def _chunk(self, action: Action) -> ChunkState:
+        assert action.index is not None
+        return self.chunks[action.index]
+
+    def _adopt(self, layout: ChunkLayout) -> ChunkState:
+        """Move a chunk's parameters into storage of its own."""
+        parameters = [self._by_name[item.name] for item in layout.fields]
+        decision = self._plan.chunks[layout.index]
+        if self._transport is None or not decision.optimizer_sharded:
+            store: ParameterStore = LocalParameters(layout.num_elems, layout.dtype)
+        else:
+            store = self._transport.parameters(layout.num_elems, layout.dtype, decision.parameters_sharded)
+        chunk = ChunkState(layout, store, parameters)
+        original = torch.zeros(layout.num_elems, dtype=parameters[0].dtype)
+        for item, parameter in zip(layout.fields, parameters, strict=True):
+            layout.view(original, item).copy_(parameter.data)
+        store.fill(original if original.dtype is layout.dtype else original.to(layout.dtype))
+        if original.dtype is not layout.dtype and layout.trainable:
+            chunk.master = original[store.start : store.stop].clone()
+        self._point_at_full(chunk)
+        if layout.trainable:
+            base = chunk.master if chunk.master is not None else store.shard
+            whole = self._transport is None or not decision.gradients_sharded
+            for piece in owned_pieces(layout, store.start, store.stop):
+                tensor = base[piece.start - store.start : piece.stop - store.start]
+                if piece.is_whole:
+                    tensor = tensor.view(piece.field.shape)
+                index = layout.fields.index(piece.field)
+                chunk.pieces.append((index, tensor, piece.start - (0 if whole else store.start)))
+        return chunk
+
+    def _pieces_by_name(self) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for chunk in self.chunks:
+            for index, tensor, _ in chunk.pieces:
+                pieces.setdefault(chunk.layout.fields[index].name, []).append((chunk.layout.index, tensor))
+        return pieces
+
+    def _point_at_full(self, chunk: ChunkState) -> None:
+        full = chunk.store.full
+        for item, parameter in zip(chunk.layout.fields, chunk.parameters, strict=True):
+            data = self._placeholders[chunk.layout.dtype] if full is None else chunk.layout.view(full, item)
+            if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+                parameter.data = data
+
+    def _add_locally(self, chunk: ChunkState, accumulate: bool) -> torch.Tensor:
+        assert chunk.sums is not None
+        used = torch.zeros(len(chunk.parameters), dtype=torch.uint8)
+        for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
+            if parameter.grad is None:
+                continue
+            used[index] = 1
+            target = chunk.layout.view(chunk.sums, item)
+            seen = accumulate and chunk.used is not None and bool(chunk.used[index])
+            target.add_(parameter.grad) if seen else target.copy_(parameter.grad)
+            parameter.grad = None
+        return used
+
+    def _local_gradient(self, name: str) -> torch.Tensor | None:
+        """On a single rank: the step's whole gradient of a parameter."""
+        parameter = self._by_name[name]
+        if not self._reduces:
+            return parameter.grad
+        chunk, index = self._place_of[name]
+        if chunk.used is None or not chunk.used[index] or chunk.sums is None:
+            return None
+        return chunk.layout.view(chunk.sums, chunk.layout.fields[index])
+
+
+class _Holder:
+    """Something with a `.grad`, for torch's clipping."""
+
+    def __init__(self, grad: torch.Tensor) -> None:
+        self.grad = grad
+
+
+def _pack(chunk: ChunkState, flat: torch.Tensor, flags: torch.Tensor) -> None:
+    """Write this rank's gradients of a chunk into one flat buffer, and let go of them."""
+    end = 0
+    for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
+        flat[end : item.start].zero_()  # the gap that alignment left
+        flags[index] = parameter.grad is not None
+        if parameter.grad is None:
+            flat[item.start : item.stop].zero_()
+        else:
+            chunk.layout.view(flat, item).copy_(parameter.grad)
+            parameter.grad = None
+        end = item.stop
+    flat[end:].zero_()

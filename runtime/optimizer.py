@@ -1,0 +1,149 @@
+"""The optimizer of a run, on the pieces of parameters that a rank owns.
+
+Owns: calling the user's factory on the model's own parameters (so that groups made by name or shape are what the user
+meant), putting the rank's pieces in their places, updating one chunk at a time, and refusing optimizers whose result
+would depend on how parameters are cut. Does not own storage, reduction or clipping.
+
+A parameter without a gradient in a step is left out, as in plain PyTorch: no decay, no moment, no step count.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["OptimizerFactory", "PiecewiseOptimizer", "default_optimizer"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with torch's defaults, in its fused form: on CPU that is the one that runs at memory bandwidth."""
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+class PiecewiseOptimizer:
+    """A torch optimizer whose parameters are the pieces that this rank owns.
+
+    Args:
+        factory: f(params) -> torch.optim.Optimizer, called once with the model's trainable parameters.
+        parameters: the trainable parameters by name, before they are cut.
+
+    Raises:
+        ValueError: what the factory returns is no optimizer, or holds parameters that are not the model's, or its
+            update of a parameter changes when the parameter is cut (it needs whole matrices, or couples parameters).
+    """
+
+    def __init__(self, factory: OptimizerFactory | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        template = (factory or default_optimizer)(list(parameters.values()))
+        if not isinstance(template, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer=f(params) must return a torch.optim.Optimizer, it returned {type(template).__name__}; "
+                "e.g. functools.partial(torch.optim.AdamW, lr=3e-4)"
+            )
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names_by_group: list[list[str]] = []
+        for group in template.param_groups:
+            unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names and p.requires_grad]
+            if unknown:
+                raise ValueError(f"the optimizer holds parameters that are not the model's, of shapes {unknown[:4]}")
+            self._names_by_group.append([names[id(p)] for p in group["params"] if id(p) in names])
+        self.optimizer = template
+        self._refuse_whole_matrix()
+        self._pieces: list[dict[int, list[torch.Tensor]]] = [{} for _ in template.param_groups]
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are updated."""
+        return {name for group in self._names_by_group for name in group}
+
+    def place(self, pieces: Mapping[str, Sequence[tuple[int, torch.Tensor]]]) -> None:
+        """Put the rank's pieces in the places of the parameters.
+
+        Args:
+            pieces: parameter name -> (chunk, tensor) for each piece that this rank owns; none for those it does not.
+        """
+        for group, names, by_chunk in zip(self.optimizer.param_groups, self._names_by_group, self._pieces, strict=True):
+            for name in names:
+                for chunk, tensor in pieces.get(name, ()):
+                    by_chunk.setdefault(chunk, []).append(tensor)
+            group["params"] = [tensor for chunk in sorted(by_chunk) for tensor in by_chunk[chunk]]
+        if self.optimizer.state:  # state made in the constructor (Adagrad) belongs to the uncut parameters
+            self.optimizer = _rebuilt(self.optimizer)
+
+    def step(self, chunk: int) -> None:
+        """Update the pieces of one chunk that have a gradient, and let go of the gradients."""
+        groups = self.optimizer.param_groups
+        whole = [group["params"] for group in groups]
+        try:
+            for group, by_chunk in zip(groups, self._pieces, strict=True):
+                group["params"] = [piece for piece in by_chunk.get(chunk, ()) if piece.grad is not None]
+            if any(group["params"] for group in groups):
+                self.optimizer.step()
+        finally:
+            for group, parameters, by_chunk in zip(groups, whole, self._pieces, strict=True):
+                group["params"] = parameters
+                for piece in by_chunk.get(chunk, ()):
+                    piece.grad = None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
+
+    def slot_bytes(self) -> dict[str, int]:
+        """Slot name -> bytes of this rank's optimizer state."""
+        sizes: dict[str, int] = {}
+        for state in self.optimizer.state.values():
+            for slot, value in state.items():
+                if isinstance(value, torch.Tensor) and value.numel() > 1:
+                    sizes[slot] = sizes.get(slot, 0) + value.nbytes
+        return sizes
+
+    def _refuse_whole_matrix(self) -> None:
+        """Update a small matrix whole and in pieces, beside another parameter and alone: the bits must not differ."""
+        name = type(self.optimizer).__name__
+        why = (
+            f"{name} is refused: its update of a parameter depends on how the parameter is cut, or on other parameters, "
+            "so sharding it would change the result; use an element-wise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...)"
+        )
+        generator = torch.Generator().manual_seed(0)
+        value = torch.randn(24, 16, generator=generator)
+        gradients = [torch.randn(24, 16, generator=generator) for _ in range(3)]
+        for number, group in enumerate(self.optimizer.param_groups):
+            if not group["params"]:
+                continue
+            try:
+                whole = self._probe(number, [value.clone(), value.clone() + 1], [[g, g * 2] for g in gradients])[0]
+                cut = [value.reshape(-1)[:100].clone(), value.reshape(-1)[100:].clone()]
+                flat = [[g.reshape(-1)[:100], g.reshape(-1)[100:]] for g in gradients]
+                pieces = [self._probe(number, [cut[part]], [[g[part]] for g in flat])[0] for part in range(len(cut))]
+            except Exception as error:
+                raise ValueError(f"{why} ({type(error).__name__}: {error})") from error
+            if not torch.equal(whole.reshape(-1), torch.cat(pieces)):
+                raise ValueError(why)
+
+    def _probe(self, group: int, values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Run the optimizer's own update on small tensors with the hyper-parameters of one of its groups."""
+        parameters = [nn.Parameter(value) for value in values]
+        probe = _rebuilt(self.optimizer, [self.optimizer.param_groups[group] | {"params": parameters}])
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            probe.step()
+        return [parameter.detach() for parameter in parameters]
+
+
+def _rebuilt(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
+    """An optimizer of the same kind without state; its groups carry every hyper-parameter."""
+    groups = [dict(group) for group in (groups or optimizer.param_groups)]
+    for group in groups:
+        group.setdefault("lr", optimizer.defaults.get("lr"))
+    filled = [group for group in groups if group["params"]]
+    if not filled:
+        return optimizer
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    return type(optimizer)(groups, **defaults)

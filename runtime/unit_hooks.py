@@ -1,0 +1,166 @@
+"""What happens around every run of a unit: the program is advanced, random numbers are seeded, outputs are watched.
+
+Owns the hooks on the model's units and the check that they run in the recorded order. Does not own what the program
+does between them (`runtime/executor.py`).
+
+Random numbers are seeded for every run of a unit by (seed, rank, step, unit run, micro-batch): masks then do not depend
+on the order in which a plan runs units or on what it recomputes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
+
+from ..memory.errors import OutOfOrder
+from ..parallel.actions import Action, Kind
+from ..parallel.units import Unit
+from ..scheduler.trace import Trace
+from .batch import cast_floats
+from .executor import Executor
+
+__all__ = ["UnitHooks", "seed_for"]
+
+
+def seed_for(*parts: int) -> int:
+    """A 63-bit seed from a few numbers: the same on every machine, unrelated for neighbours."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class UnitHooks:
+    """Installed on every unit's module; they do nothing while no micro-batch runs.
+
+    Args:
+        cast_inputs: parameter-dtype per unit that floating inputs are cast to, or None to leave them alone.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        executor: Executor,
+        seeds: tuple[int, ...],
+        cast_inputs: Callable[[nn.Module], torch.dtype | None],
+    ) -> None:
+        self._units = units
+        self._executor = executor
+        self._seeds = seeds
+        self._trace: Trace | None = None
+        self._runs_of: dict[int, list[int]] = {}
+        self._step = 0
+        self._micro_batch = 0
+        self._next = 0
+        self._phase: str | None = None
+        self._outputs: list[tuple[int, list[torch.Tensor]]] = []
+        self._handles: list[Any] = []
+        for index, unit in enumerate(units):
+            dtype = cast_inputs(unit.module)
+            self._handles.append(
+                unit.module.register_forward_pre_hook(self._before(index, dtype), with_kwargs=True, prepend=True)
+            )
+            self._handles.append(unit.module.register_forward_hook(self._after(index)))
+
+    def follow(self, trace: Trace) -> None:
+        """Expect units to run in the order of `trace`."""
+        self._trace = trace
+        self._runs_of = {}
+        for run, call in enumerate(trace.calls):
+            self._runs_of.setdefault(call.unit, []).append(run)
+
+    def begin_forward(self, step: int, micro_batch: int) -> None:
+        self._step, self._micro_batch, self._next = step, micro_batch, 0
+        self._phase = "forward"
+        self._outputs = []
+        self._seed(-1)
+
+    def begin_backward(self) -> None:
+        """Every unit has run.
+
+        Raises:
+            OutOfOrder: fewer units ran than were recorded.
+        """
+        assert self._trace is not None
+        if self._next < len(self._trace.calls):
+            raise self._out_of_order(None)
+        self._phase = "backward"
+        self._outputs = []
+
+    def end(self) -> None:
+        self._phase = None
+        self._outputs = []
+
+    def first_not_finite(self) -> str | None:
+        """Name of the first unit whose output in this forward pass holds a NaN or an infinity."""
+        for run, tensors in self._outputs:
+            if any(not torch.isfinite(tensor).all() for tensor in tensors):
+                return self.name_of(run)
+        return None
+
+    def name_of(self, run: int) -> str:
+        assert self._trace is not None
+        return self._units[self._trace.calls[run].unit].name
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, unit: int, dtype: torch.dtype | None) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._phase == "forward":
+                assert self._trace is not None
+                run = self._next
+                if run >= len(self._trace.calls) or self._trace.calls[run].unit != unit:
+                    raise self._out_of_order(unit)
+                self._next += 1
+                self._executor.advance_to(Action(Kind.F, run, self._micro_batch))
+                self._seed(run)
+            elif self._phase == "backward":  # recomputed by a checkpoint in the model's own code
+                running = self._executor.running
+                runs = self._runs_of[unit]
+                self._seed(running.index if running and running.index in runs else runs[0])
+            if dtype is None:
+                return None
+            return cast_floats(args, dtype), cast_floats(kwargs, dtype)
+
+        return hook
+
+    def _after(self, unit: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            if self._phase != "forward":
+                return
+            assert self._trace is not None
+            run = self._next - 1
+            inputs = {id(leaf) for leaf in tree_leaves(args)}
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            self._outputs.append((run, [tensor.detach() for tensor in tensors if tensor.is_floating_point()]))
+            # A tensor that went through unchanged has the hook of the unit that made it.
+            reached = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in inputs]
+            if reached and self._trace.calls[run].has_backward:
+                backward = Action(Kind.B, run, self._micro_batch)
+                register_multi_grad_hook(reached, lambda _grad: self._executor.advance_to(backward), mode="any")
+
+        return hook
+
+    def _seed(self, run: int | None) -> None:
+        parts = (*self._seeds, self._step, -1 if run is None else run, self._micro_batch)
+        torch.random.default_generator.manual_seed(seed_for(*parts))
+
+    def _out_of_order(self, unit: int | None) -> OutOfOrder:
+        assert self._trace is not None
+        recorded = [self.name_of(run) for run in range(len(self._trace.calls))]
+        now = [*recorded[: self._next], "the end of the forward pass" if unit is None else self._units[unit].name]
+        return OutOfOrder(
+            f"the model runs its units in another order than recorded. Recorded: {_excerpt(recorded, self._next)}. "
+            f"Now: {_excerpt(now, self._next)}. A model whose order depends on its inputs needs larger units: give "
+            "`units=[...]` so that each contains one whole branch."
+        )
+
+
+def _excerpt(names: list[str], around: int, width: int = 3) -> str:
+    """The names near a place, with dots where some are left out."""
+    start, stop = max(0, around - width), around + width
+    return ", ".join([*(["..."] if start else []), *names[start:stop], *(["..."] if stop < len(names) else [])])

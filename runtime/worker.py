@@ -1,0 +1,214 @@
+"""The training loop of one rank, the same in this process and under Ray Train.
+
+Owns the order of things: data, model, engine, steps, callbacks, weights. It does not own what a step does (`engine.py`),
+which rows are a rank's (`data.py`), nor processes (`cluster.py`).
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..memory.budget import Memory
+from .config import Job, TrainConfig
+from .data import DataError, Share, Source, open_data
+from .engine import Engine, StepResult
+from .events import Failure, Finished, MemoryHeld, Rows, Sink, Started
+from .run_folder import weights_target
+
+__all__ = ["Place", "metrics_row", "shares", "train_on_ray", "train_rank"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands. `num_local`: ranks on this machine, which share its memory."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    num_local: int = 1
+
+
+class RankFailed(RuntimeError):
+    """What Ray Train gets to see of a failure; the failure itself went to the monitor."""
+
+
+def train_rank(job: Job, place: Place, sink: Sink, run_path: str) -> None:
+    """Train to the end; leave the weights in the run folder `run_path`.
+
+    Raises what the user's code or the engine raises, after it was sent to `sink` as a Failure.
+    """
+    progress = _Progress()
+    try:
+        _train(job, place, sink, run_path, progress)
+    except Exception as error:
+        if place.rank == 0:
+            for callback in job.callbacks:
+                callback.on_error(error)
+        if progress.engine is not None and place.rank == 0 and progress.step:
+            sink.send(Finished(place.rank, progress.engine.timeline.to_chrome()))
+        sink.send(Failure.of(error, place.rank, progress.step + 1 if progress.engine is not None else 0))
+        raise
+    finally:
+        if progress.engine is not None:
+            progress.engine.close()
+
+
+@dataclass
+class _Progress:
+    """How far a rank has come: what a failure report needs to know."""
+
+    engine: Engine | None = None
+    step: int = 0  # finished steps
+
+
+def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progress) -> None:
+    config = job.config
+    source = open_data(job.data, config, place.rank, place.num_ranks)
+    memory = job.memory if job.memory is not None else Memory.detect(place.num_local)
+    engine = progress.engine = _engine(job, memory)
+    sink.send(
+        Started(
+            place.rank,
+            place.num_ranks,
+            num_steps(source, config),
+            {"host": memory.host_bytes} if memory.host_bytes else {},
+            engine.plan,
+        )
+    )
+    callbacks = job.callbacks if place.rank == 0 else ()
+    for callback in callbacks:
+        callback.on_start(engine)
+    peak_bytes: dict[str, int] = {}
+    step: StepResult | None = None
+    for share in shares(source, config):
+        step = engine.step(share.samples, num_global_samples=share.num_samples)
+        progress.step = step.step
+        peak_bytes = {tier: max(held, peak_bytes.get(tier, 0)) for tier, held in step.peak_bytes.items()}
+        sink.send(MemoryHeld(place.rank, step.step, peak_bytes))
+        if place.rank == 0:
+            sink.send(Rows((metrics_row(step, share),)))
+        for callback in callbacks:
+            callback.on_step(engine, step)
+    assert step is not None, "shares() yields at least one share or raises"
+    for callback in callbacks:
+        callback.on_end(engine, step)
+    with weights_target(run_path) if place.rank == 0 else nullcontext(run_path) as target:
+        engine.export(target)
+    sink.send(Finished(place.rank, engine.timeline.to_chrome() if place.rank == 0 else None))
+    sink.flush()
+
+
+def _engine(job: Job, memory: Memory) -> Engine:
+    config = job.config
+    model = job.model if isinstance(job.model, nn.Module) else _build(job.model, config.seed)
+    try:
+        return Engine(
+            model,
+            optimizer=job.optimizer,
+            lr_scheduler=job.lr_scheduler,
+            loss=job.loss,
+            forward=job.forward,
+            memory=memory,
+            micro_batches=config.micro_batches,
+            clip_grad_norm=config.clip_grad_norm,
+            precision=config.precision,
+            zero=config.zero,
+            seed=config.seed,
+            units=job.units,
+        )
+    except ValueError as error:
+        error.outgrow_argument = True  # type: ignore[attr-defined]  # an argument was refused: the caller gets this very error
+        raise
+
+
+def _build(build: Any, seed: int) -> nn.Module:
+    """Call the user's function under a seed, so that every rank builds the same weights."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise _argument_error(f"the model function must return an nn.Module, got {type(model).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise _argument_error(f"the model {type(model).__name__} has no trainable parameter")
+    return model
+
+
+def _argument_error(message: str) -> ValueError:
+    error = ValueError(message)
+    error.outgrow_argument = True  # type: ignore[attr-defined]
+    return error
+
+
+def shares(source: Source, config: TrainConfig) -> Iterator[Share]:
+    """This rank's shares, epoch after epoch, until `steps` or `epochs` are done. Raises DataError for an empty epoch."""
+    num_steps = 0
+    for epoch in itertools.count() if config.epochs is None else range(config.epochs):
+        before = num_steps
+        for share in source.epoch(epoch):
+            yield share
+            num_steps += 1
+            if num_steps == config.steps:
+                return
+        if num_steps == before:
+            raise DataError(
+                f"the data yielded nothing in epoch {epoch}: it gave {num_steps} batches before and then no sample; "
+                "a stream that can be read only once must be given as a function that opens it anew"
+                if num_steps
+                else "the data yielded nothing: not one sample came out of it"
+            )
+
+
+def num_steps(source: Source, config: TrainConfig) -> int | None:
+    """Steps of the whole run, or None where only the end of the data will tell."""
+    if config.steps is not None:
+        return config.steps
+    return source.num_batches * config.epochs if source.num_batches is not None and config.epochs else None
+
+
+def metrics_row(step: StepResult, share: Share) -> dict[str, Any]:
+    """One row of the metrics: seconds, tokens and samples are of the global step, peak bytes of rank 0."""
+    return {
+        "step": step.step,
+        "epoch": share.epoch,
+        "loss": step.loss,
+        "tokens_per_s": step.num_tokens / step.step_s if step.step_s else 0.0,
+        "grad_norm": step.grad_norm,
+        "lr": step.lr,
+        "num_samples": step.num_samples,
+        "num_tokens": step.num_tokens,
+        "step_s": step.step_s,
+    } | {f"peak_{tier}_bytes": held for tier, held in step.peak_bytes.items()}
+
+
+def train_on_ray(config: Mapping[str, Any]) -> None:
+    """The function that Ray Train calls on every worker.
+
+    Args:
+        config: `job` (a reference to the Job), `monitor` (the actor), `run_path`, `num_threads`, `data_in_ray`.
+    """
+    import dataclasses
+
+    import ray
+    import ray.train
+
+    from .monitor import MonitorSink
+
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
+    monitor = config["monitor"]
+    if not ray.get(monitor.register.remote(place.rank, ray.get_runtime_context().current_actor)):
+        raise RankFailed(f"rank {place.rank} did not start: the run was cancelled")
+    torch.set_num_threads(config["num_threads"])
+    sink = MonitorSink(monitor)
+    try:
+        job: Job = ray.get(config["job"][0])
+        if config["data_in_ray"]:
+            job = dataclasses.replace(job, data=ray.train.get_dataset_shard("train"))
+        train_rank(job, place, sink, config["run_path"])
+    except Exception as error:
+        # The monitor has the failure with all that is known; Ray Train only has to know that there is one.
+        raise RankFailed(f"rank {place.rank} failed: {type(error).__name__}") from None

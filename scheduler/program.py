@@ -1,0 +1,151 @@
+"""A program: the actions of one rank for one step, with lanes and dependencies.
+
+Owns the record and its text form, and the step's shape that programs are compiled from. Does not choose anything
+(`scheduler/plan.py`) and does not run anything (`runtime/executor.py`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from ..parallel.actions import Action, Kind
+
+__all__ = ["ChunkUse", "Instruction", "Lane", "Program", "StepShape", "UnitUse"]
+
+
+class Lane(StrEnum):
+    """Something that does one thing at a time."""
+
+    COMPUTE = "compute"
+    NET = "net"
+    H2D = "h2d"
+    D2H = "d2h"
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitUse:
+    """One run of a unit in a step, as the trace found it.
+
+    Attributes:
+        name: of the unit's module.
+        chunks: indices of the chunks whose parameters it uses.
+        has_backward: whether gradients flow back into it.
+    """
+
+    name: str
+    chunks: tuple[int, ...]
+    has_backward: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkUse:
+    """What a program needs to know of a chunk.
+
+    Attributes:
+        num_bytes: of its gathered parameters.
+        trainable: whether it gets gradients and updates.
+    """
+
+    num_bytes: int
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The chain of unit runs of one micro-batch, and the chunks they use.
+
+    Attributes:
+        units: in the order in which they run.
+        chunks: by index.
+        held: chunks used outside of any unit: needed from a micro-batch's first action to its last.
+    """
+
+    units: tuple[UnitUse, ...]
+    chunks: tuple[ChunkUse, ...]
+    held: tuple[int, ...] = ()
+
+    def uses(self, unit: int) -> tuple[int, ...]:
+        """Chunks that unit run `unit` needs, those held for the whole micro-batch not counted."""
+        return tuple(chunk for chunk in self.units[unit].chunks if chunk not in self.held)
+
+    def last_backward_of(self, chunk: int) -> int | None:
+        """The unit run in whose backward the gradients of `chunk` become complete; None: at the end of the backward."""
+        if chunk in self.held:
+            return None
+        return min((i for i, unit in enumerate(self.units) if chunk in unit.chunks and unit.has_backward), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An action in its place.
+
+    Attributes:
+        lane: where it runs, in the order of the program.
+        after: positions in the program of the instructions that must be done before it starts; all smaller than its own.
+        num_bytes: that it moves, where it moves any.
+    """
+
+    action: Action
+    lane: Lane
+    after: tuple[int, ...] = ()
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """The instructions of one rank for one step. Dependencies point backwards only, so the list itself is one valid order."""
+
+    instructions: tuple[Instruction, ...]
+
+    def __post_init__(self) -> None:
+        for position, instruction in enumerate(self.instructions):
+            assert all(0 <= before < position for before in instruction.after), (
+                f"{instruction.action} at {position} waits for {instruction.after}: dependencies must point backwards"
+            )
+
+    @cached_property
+    def by_lane(self) -> dict[Lane, tuple[int, ...]]:
+        """Lane -> positions of its instructions, in order."""
+        lanes: dict[Lane, list[int]] = {}
+        for position, instruction in enumerate(self.instructions):
+            lanes.setdefault(instruction.lane, []).append(position)
+        return {lane: tuple(positions) for lane, positions in lanes.items()}
+
+    def actions(self, kind: Kind | None = None) -> list[Action]:
+        """The actions in program order, of one kind or all."""
+        return [i.action for i in self.instructions if kind is None or i.action.kind is kind]
+
+    def text(self) -> str:
+        """One instruction a line: position, lane, action, what it waits for. `parse` reads it back."""
+        return "\n".join(
+            f"{position:5d} {i.lane:8s} {i.action!s:16s} {i.num_bytes:12d} <- {','.join(map(str, i.after)) or '-'}"
+            for position, i in enumerate(self.instructions)
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "Program":
+        """The program that `text` shows; the inverse of `text()`.
+
+        Raises:
+            ValueError: a line that is no instruction, quoted.
+        """
+        return cls(tuple(_parse_line(line) for line in text.splitlines() if line.strip()))
+
+
+def _parse_line(line: str) -> Instruction:
+    try:
+        left, after = line.split("<-")
+        words = left.split()
+        lane, action, num_bytes = words[1], " ".join(words[2:-1]), words[-1]
+        waits = () if after.strip() == "-" else tuple(int(number) for number in after.split(","))
+        return Instruction(Action.parse(action), Lane(lane), waits, int(num_bytes))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"no instruction: {line!r} ({error})") from error
+
+
+def actions_from(texts: Iterable[str]) -> list[Action]:
+    """Actions from their text forms: `actions_from(["F0.0", "B0.0"])`."""
+    return [Action.parse(text) for text in texts]
