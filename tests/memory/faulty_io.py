@@ -18,7 +18,9 @@ Fault = Callable[[Callable[[memoryview], int], memoryview, bool], int]
 class FaultyIO(DirectIO):
     """`faults[n]` happens on request n; `always` on every request; nothing happens before `arm`."""
 
-    def __init__(self, faults: dict[int, Fault] | None = None, always: Fault | None = None, direct: bool = True) -> None:
+    def __init__(
+        self, faults: dict[int, Fault] | None = None, always: Fault | None = None, direct: bool = True
+    ) -> None:
         super().__init__(direct)
         self.faults = faults or {}
         self.always = always

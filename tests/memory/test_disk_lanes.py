@@ -208,7 +208,10 @@ def test_drain_raises_what_nobody_has_seen_and_only_once(bench: Bench) -> None:
         bench.submit("write", f"unseen {index}", action=boom)
     with pytest.raises(StoreError, match="block 0 failed") as caught:
         bench.lanes.drain()
-    assert caught.value.__notes__ == ["2 more requests failed: unseen 1, unseen 2"] or "unseen" in caught.value.__notes__[0]
+    assert (
+        caught.value.__notes__ == ["2 more requests failed: unseen 1, unseen 2"]
+        or "unseen" in caught.value.__notes__[0]
+    )
     bench.lanes.drain()
     assert bench.lanes.statistics("write").num_failed == 3
 
