@@ -15,7 +15,10 @@ from .pipelines_basic import sequences
 
 __all__ = ["building_block", "gis", "gis_half", "pipeoffload"]
 
-F, I, W, SAVE, LOAD = Kind.F, Kind.I, Kind.W, Kind.SAVE, Kind.LOAD  # noqa: E741
+F, B, I, W, SAVE, LOAD = Kind.F, Kind.B, Kind.I, Kind.W, Kind.SAVE, Kind.LOAD  # noqa: E741
+_EPSILON = 1e-9
+#: (stage, micro-batch)
+_Item = tuple[int, int]
 
 
 def gis(num_ranks: int, groups: list[int], num_chunks: int) -> Draft:
@@ -78,65 +81,67 @@ def pipeoffload(draft: Draft, num_offloaded: int, costs: StageCosts) -> Draft:
     times = times_of(orders, placement, costs)
     local = [[s for s, r in enumerate(placement) if r == rank] for rank in range(len(orders))]
     result = [
-        _with_copies(order, rank_times, frozenset(stages[:num_offloaded]), costs)
+        _with_copies(order, rank_times, frozenset(stages[:num_offloaded]), costs.copy_s)
         for order, rank_times, stages in zip(orders, times, local, strict=True)
     ]
     return placement, result
 
 
 def _with_copies(
-    order: list[Op], times: list[tuple[float, float]], stages: frozenset[int], costs: StageCosts
+    order: list[Op], times: list[tuple[float, float]], stages: frozenset[int], copy_s: tuple[float, ...]
 ) -> list[Op]:
-    """One rank's order with SAVE and LOAD: LOADs back to front and as late as possible, SAVEs front to back between."""
-    forward_at = {op[1:]: position for position, op in enumerate(order) if op[0] is F}
-    backward_at = {op[1:]: position for position, op in enumerate(order) if op[0] in (I, Kind.B)}
-    items = [
-        item
-        for item, position in sorted(backward_at.items(), key=lambda pair: pair[1])
-        if item[0] in stages and times[position][0] - times[forward_at[item]][1] >= 2 * costs.copy_s[item[0]]
-    ]
-    loads: list[tuple[float, tuple[int, int]]] = []
-    lane_start = float("inf")
+    """One rank's order with its copies, in the order of the lane."""
+    forward_end = {op[1:]: end for op, (_, end) in zip(order, times, strict=True) if op[0] is F}
+    backward_start = {op[1:]: start for op, (start, _) in zip(order, times, strict=True) if op[0] in (I, B)}
+    items = sorted(
+        (
+            item
+            for item, start in backward_start.items()
+            if item[0] in stages and start - forward_end[item] >= 2 * copy_s[item[0]] - _EPSILON
+        ),
+        key=lambda item: (backward_start[item], item),
+    )
+    # Copies back: from the last to the first, each as late as its backward and the copy after it allow.
+    loads: list[tuple[float, _Item]] = []
+    latest_end = float("inf")
     for item in reversed(items):
-        end = min(lane_start, times[backward_at[item]][0])
-        lane_start = end - costs.copy_s[item[0]]
-        loads.append((lane_start, item))
-    loads.reverse()
-    saves = sorted((times[forward_at[item]][1], item) for item in items)
-    copies: list[tuple[float, Op]] = []
-    lane_free = 0.0
-    pending = list(saves)
-    for start, item in loads:
-        # Copies away fill the lane up to the moment at which this copy back must start.
-        while pending and (
-            max(lane_free, pending[0][0]) + costs.copy_s[pending[0][1][0]] <= start + 1e-9 or pending[0][1] == item
-        ):
-            ready, saved = pending.pop(0)
-            copies.append((max(lane_free, ready), (SAVE, *saved)))
-            lane_free = max(lane_free, ready) + costs.copy_s[saved[0]]
-        if any(saved == item for _, saved in pending):  # its own copy away comes first, late or not
-            while pending:
-                ready, saved = pending.pop(0)
-                copies.append((max(lane_free, ready), (SAVE, *saved)))
-                lane_free = max(lane_free, ready) + costs.copy_s[saved[0]]
-                if saved == item:
-                    break
-        copies.append((max(lane_free, start), (LOAD, *item)))
-        lane_free = max(lane_free, start) + costs.copy_s[item[0]]
+        latest_end = min(latest_end, backward_start[item]) - copy_s[item[0]]
+        loads.append((latest_end, item))
+    saves = sorted(((forward_end[item], item) for item in items), reverse=True)  # the first one last, to pop
+    lane: list[tuple[float, Op]] = []
+    free_s = 0.0
+
+    def save() -> None:
+        nonlocal free_s
+        ready, item = saves.pop()
+        lane.append((max(free_s, ready), (SAVE, *item)))
+        free_s = max(free_s, ready) + copy_s[item[0]]
+
+    for start, item in reversed(loads):
+        # Copies away, as long as they end before this copy back must start; its own one in any case.
+        while saves and max(free_s, saves[-1][0]) + copy_s[saves[-1][1][0]] <= start + _EPSILON:
+            save()
+        while any(item == waiting for _, waiting in saves):
+            save()
+        lane.append((max(free_s, start), (LOAD, *item)))
+        free_s = max(free_s, start) + copy_s[item[0]]
+    return _merge(order, times, lane)
+
+
+def _merge(order: list[Op], times: list[tuple[float, float]], lane: list[tuple[float, Op]]) -> list[Op]:
+    """The copies between the computations: away after its forward, back before the computation that would still run
+    when it has to start, and before its backward in any case."""
     result: list[Op] = []
-    queue = list(copies)
-    done: set[tuple[int, int]] = set()
-    for position, op in enumerate(order):
-        while queue and (
-            queue[0][0] <= times[position][0] + 1e-9
-            or (op[0] in (I, Kind.B) and (LOAD, *op[1:]) in [c for _, c in queue])
-        ):
-            start, copy = queue[0]
-            if copy[0] is SAVE and copy[1:] not in done:
-                break
-            result.append(copy)
-            queue.pop(0)
+    forwarded: set[_Item] = set()
+    for op, (_, end) in zip(order, times, strict=True):
+        while lane and (lane[0][1][1:] in forwarded if lane[0][1][0] is SAVE else lane[0][0] < end - _EPSILON):
+            result.append(lane.pop(0)[1])
+        if op[0] in (I, B):
+            late = next((n for n, (_, copy) in enumerate(lane) if copy == (LOAD, op[1], op[2])), -1)
+            pulled = [entry for entry in lane[: late + 1] if entry[1][0] is LOAD or entry[1][1:] in forwarded]
+            result += [copy for _, copy in pulled]
+            lane = [entry for entry in lane[: late + 1] if entry not in pulled] + lane[late + 1 :]
         result.append(op)
         if op[0] is F:
-            done.add(op[1:])
-    return result + [copy for _, copy in queue]
+            forwarded.add(op[1:])
+    return result + [copy for _, copy in lane]
