@@ -258,8 +258,8 @@ class DiskLanes:
                 fits,
                 None,
                 lambda: (
-                    f"holding back {ticket.label} ({ticket.num_bytes:,} bytes) while {lane.in_flight_bytes:,} of at most "
-                    f"{self._limit_bytes:,} bytes are in flight on the {lane.name} lane"
+                    f"holding back {ticket.label} ({ticket.num_bytes:,} bytes) while {lane.in_flight_bytes:,} of at "
+                    f"most {self._limit_bytes:,} bytes are in flight on the {lane.name} lane"
                 ),
             )
             lane.held_back_s += time.perf_counter() - began_s

@@ -1,7 +1,7 @@
 """A disk that fails on request: the system calls of `DirectIO`, with faults put before or behind them.
 
-Shared by all tests that need a failing disk. Requests (`pread` and `pwrite` alike) are counted from 0 once `arm` was called,
-so a fault can be put on request number n for every n of a sequence.
+Shared by all tests that need a failing disk. Requests (`pread` and `pwrite` alike) are counted from 0 once `arm` was
+called, so a fault can be put on request number n for every n of a sequence.
 """
 
 import errno

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+
 from outgrow.memory.buffer_pool import BufferPool
 from outgrow.memory.direct_io import round_up
 from outgrow.memory.errors import DoesNotFit, LaneTimeout

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from faulty_io import EIO, FaultyIO, nothing_moved, short_by_half
+
 from outgrow.memory.direct_io import (
     ALIGN_BYTES,
     AlignedBuffer,
@@ -24,7 +25,7 @@ def num_mappings() -> int:
     return len(Path("/proc/self/maps").read_text().splitlines())
 
 
-@pytest.fixture()
+@pytest.fixture
 def fd(tmp_path: Path):
     fd = DirectIO().create(str(tmp_path / "file"))
     DirectIO().set_direct(fd, True)

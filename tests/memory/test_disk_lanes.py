@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from outgrow.memory.direct_io import AlignedBuffer
 from outgrow.memory.disk_lanes import DiskLanes, LaneName, Order, Ticket
 from outgrow.memory.errors import LaneTimeout, StoreError
@@ -36,7 +37,7 @@ class Bench:
         return self.lanes.submit(lane, label, num_bytes, num_blocks, order or Order(), transfer, self.errors.append)
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench() -> Iterator[Bench]:
     threads = threading.active_count()
     bench = Bench()
@@ -92,7 +93,7 @@ def test_conflicting_requests_run_in_the_order_of_their_calls(bench: Bench, firs
     earlier = bench.submit(first, "first", order, action=gate)
     later = bench.submit(second, "second", order)
     bench.submit(second, "other extent").wait()  # nothing holds up other bytes
-    with pytest.raises(LaneTimeout, match="second .*behind 1 earlier requests for the same bytes"):
+    with pytest.raises(LaneTimeout, match=r"second .*behind 1 earlier requests for the same bytes"):
         later.wait(SHORT_S)
     gate.opened.set()
     later.wait()
@@ -237,7 +238,7 @@ def test_closing_cancels_what_waits_and_finishes_what_runs() -> None:
     assert gate.reached.wait(10)
     queued = bench.submit("write", "queued")
     follower = bench.submit("read", "follower", order)
-    with pytest.raises(LaneTimeout, match="closing with 1 requests running.*block 0 of running"):
+    with pytest.raises(LaneTimeout, match=r"closing with 1 requests running.*block 0 of running"):
         bench.lanes.close(SHORT_S)
     for ticket in (queued, follower):
         with pytest.raises(StoreError, match="was cancelled"):

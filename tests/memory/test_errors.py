@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+
 from outgrow.memory.errors import ChunkCorrupted, DiskFault, DiskFull, OutgrowError, Place, StoreError
 
 PLACE = Place("demo", 3, "/scratch/x.chunks", "c7", "exp_avg", 8192)
