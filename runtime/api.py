@@ -109,7 +109,7 @@ class Runtime:
             epochs: passes over the data, instead of `steps`.
             clip_grad_norm: the largest global gradient norm.
             precision: "float32", or "bf16" with float32 masters.
-            zero: 0 to 3: nothing, optimizer states, gradients too, parameters too are sharded; None: the planner's choice.
+            zero: what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too; None: as planned.
             callbacks: run on rank 0, in the worker.
             forward: `f(model, batch)` instead of the ways to call the model above.
             seed: of the order of data, of a model that a function builds, and of dropout.
@@ -148,6 +148,7 @@ class Runtime:
 
 
 def _run(job: Job, config: RuntimeConfig) -> Result:
+    from . import cluster
     from .data import check_data
     from .recorder import Recorder
     from .run_folder import RunFolder
@@ -156,9 +157,7 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
     if config.workers == 0:
         _check_alone()
     else:
-        from .cluster import check_here, train_on_cluster
-
-        check_here(job, config)
+        cluster.check_here(job, config)
     name = config.run_name(datetime.now())
     folder = RunFolder(config.storage_path, name)
     recorder = Recorder(folder, config, job.config, _display(config))
@@ -168,7 +167,7 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
 
             train_rank(job, Place(), recorder, str(folder.local))
         else:
-            train_on_cluster(job, replace(config, name=name), folder, recorder)
+            cluster.train_on_cluster(job, replace(config, name=name), folder, recorder)
     except KeyboardInterrupt:
         recorder.finish("interrupted")
         raise
@@ -191,6 +190,6 @@ def _check_alone() -> None:
 
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
-            f"workers=0 trains in this process alone, but it is one of {distributed.get_world_size()} of a torch.distributed "
-            "group; use outgrow.Engine in a loop of your own under torchrun, or workers=N from one process"
+            f"workers=0 trains in this process alone, but it is one of {distributed.get_world_size()} in a "
+            "torch.distributed group; use outgrow.Engine in a loop of your own, or workers=N from one process"
         )

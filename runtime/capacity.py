@@ -26,7 +26,8 @@ class Resources:
 def choose_resources(config: RuntimeConfig, cores: int | None, gpus: int, num_spare_cores: int) -> Resources:
     """What each worker gets. `cores` None: a cluster, where a worker asks for one CPU unless told otherwise.
 
-    On this machine the workers share all cores, less `num_spare_cores` that Ray Data needs; with a GPU each where there are GPUs.
+    On this machine the workers share all cores, less `num_spare_cores` that Ray Data needs; each has a GPU where there
+    are any.
     """
     if config.resources_per_worker is not None:
         per_worker = dict(config.resources_per_worker)

@@ -1,5 +1,5 @@
-"""The command line. Owns commands and options; each command's work is in a file of its own, imported when it runs, so that
-`--help` loads neither torch nor ray.
+"""The command line. Owns commands and options; each command's work is in a file of its own, imported when it runs, so
+that `--help` loads neither torch nor ray.
 """
 
 from importlib import import_module

@@ -36,7 +36,7 @@ _RAY_SETTINGS_ALONE = _RAY_SETTINGS | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0
 
 @contextmanager
 def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | None]:
-    """Ray for the time of the block, quiet: the one that runs in this process already, else one that is shut down after.
+    """Ray for the time of the block, quiet: the one that this process has already, else one that is shut down after.
 
     Yields the folder of Ray's logs on this machine, or None.
     """
@@ -53,7 +53,8 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
                 logging_level=logging.ERROR,
                 **local,
             )
-        node = ray._private.worker._global_node  # the public API knows no session folder of a Ray that runs already
+        # The public API knows no folder of logs of a Ray that runs already.
+        node = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield Path(node.get_logs_dir_path()) if node is not None else None
         finally:
@@ -70,7 +71,7 @@ def check_here(job: Job, config: RuntimeConfig) -> None:
 
 
 def train_on_cluster(job: Job, config: RuntimeConfig, folder: RunFolder, recorder: Recorder) -> None:
-    """Train on `config.workers` ranks. Raises the run's one error (see `failures.raise_failure`), or ValueError up front."""
+    """Train on `config.workers` ranks. Raises ValueError up front, later the run's one error (`failures.py`)."""
     import ray
 
     starts_ray = config.address is None and not ray.is_initialized()

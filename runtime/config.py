@@ -44,9 +44,9 @@ class RuntimeConfig:
         workers: ranks on Ray; 0 trains in this process, without Ray.
         memory: the budget of each worker; None detects it from the machine or its cgroup.
         address: None starts Ray on this machine (or uses the one this process has already), else as in `ray.init`.
-        resources_per_worker: as in Ray Train, e.g. `{"CPU": 2}`; None shares this machine's cores, or asks one CPU each.
+        resources_per_worker: as in Ray Train, e.g. `{"CPU": 2}`; None: a share of this machine's cores, or one CPU.
         placement_strategy: one of PACK, SPREAD, STRICT_PACK, STRICT_SPREAD.
-        storage_path: where run folders go, a path or a URI that `pyarrow.fs` opens; None is `runs` in the current folder.
+        storage_path: where run folders go, a path or a URI that `pyarrow.fs` opens; None: `runs` in the current folder.
         name: the run folder's name; None makes one of the time.
         progress: show step, loss, speed and memory on the console while a run goes on.
     """
@@ -70,7 +70,8 @@ class RuntimeConfig:
             for name in ("address", "resources_per_worker"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} means Ray, but workers=0 trains in this process; give workers=1 or more"
+                        f"{name}={getattr(self, name)!r} means Ray, but workers=0 trains in this process; "
+                        "give workers=1 or more"
                     )
         if self.placement_strategy not in PLACEMENT_STRATEGIES:
             raise ValueError(
@@ -84,7 +85,7 @@ class RuntimeConfig:
                 or amount < 0
             ):
                 raise ValueError(f"resources_per_worker must map names to amounts >= 0, got {resource!r}: {amount!r}")
-        if self.name is not None and not re.fullmatch(r"[^/\\\0]+", self.name or "") or self.name in (".", ".."):
+        if (self.name is not None and not re.fullmatch(r"[^/\\\0]+", self.name or "")) or self.name in (".", ".."):
             raise ValueError(f"name must be the name of a folder, without slashes, got {self.name!r}")
 
     def run_name(self, now: datetime) -> str:
@@ -173,7 +174,7 @@ class Job:
             if not any(parameter.requires_grad for parameter in self.model.parameters()):
                 raise ValueError(
                     f"the model {type(self.model).__name__} has no trainable parameter: every one of its "
-                    f"{sum(1 for _ in self.model.parameters())} parameters is frozen or there is none; set requires_grad on some"
+                    f"{sum(1 for _ in self.model.parameters())} parameters is frozen; set requires_grad on some"
                 )
         elif isinstance(self.model, type) or not callable(self.model):
             raise ValueError(

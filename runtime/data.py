@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,14 +66,14 @@ class Source(Protocol):
 
 
 def row_bounds(num_rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """First and past-last row of `rank`, as `torch.tensor_split` cuts: the first `num_rows % num_ranks` get one more."""
+    """First and past-last row of `rank`, as `torch.tensor_split` cuts: the first ranks have one more."""
     size, rest = divmod(num_rows, num_ranks)
     start = rank * size + min(rank, rest)
     return start, start + size + (rank < rest)
 
 
 def check_data(data: Any, config: TrainConfig, num_ranks: int) -> None:
-    """Raise what can be known about `data` before any process starts. Data behind a function is checked in the worker."""
+    """Raise what can be known about `data` before any process starts; a function's data is checked in the worker."""
     if _is_function(data):
         check_batch_size(config.batch_size, num_ranks, config.micro_batches)
         return
@@ -90,30 +91,32 @@ def open_data(data: Any, config: TrainConfig, rank: int, num_ranks: int) -> Sour
         _check_size(size if size is not None else config.batch_size, config, num_ranks)
         if config.shuffle:
             raise DataError("shuffle=True has no effect on a DataLoader; give the DataLoader itself shuffle=True")
-        return _Stream(lambda epoch: iter(data), _length(data), config, rank, num_ranks)
+        batches: Callable[[], Iterator[Any]] = partial(iter, data)
+        return _Stream(batches, _length(data), config, rank, num_ranks)
     _check_size(config.batch_size, config, num_ranks)
     if _is_ray_dataset(data):
         if config.shuffle:
             raise DataError(
                 "shuffle=True does not apply to a ray.data.Dataset; call its random_shuffle(seed=...) first"
             )
-        return _Stream(lambda epoch: _ray_batches(data, config.batch_size), None, config, rank, num_ranks)
+        return _Stream(partial(_ray_batches, data, config.batch_size), None, config, rank, num_ranks)
     if isinstance(data, IterableDataset) or (isinstance(data, Iterable) and not hasattr(data, "__getitem__")):
         if isinstance(data, Iterator):
             raise DataError(
-                f"an iterator ({type(data).__name__}) gives its samples once and to one process; give a function that returns it"
+                f"an iterator ({type(data).__name__}) gives its samples once and to one process; "
+                "give a function that returns it"
             )
         if config.shuffle:
             raise DataError(
                 f"shuffle=True needs a data set with an index, and {type(data).__name__} is iterable; shuffle inside it"
             )
-        return _Stream(
-            lambda epoch: _sample_batches(data, config.batch_size), None, config, rank, num_ranks, collate=_collate
-        )
+        batches = partial(_sample_batches, data, config.batch_size)
+        return _Stream(batches, None, config, rank, num_ranks, default_collate)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | Mapping):
         return _Indexed(data, config, rank, num_ranks)
     raise DataError(
-        f"data must be a torch Dataset, IterableDataset or DataLoader, a ray.data.Dataset, or a function that returns one, got {_short(data)}"
+        "data must be a torch Dataset, IterableDataset or DataLoader, a ray.data.Dataset, or a function that returns "
+        f"one, got {_short(data)}"
     )
 
 
@@ -121,7 +124,8 @@ class _Indexed:
     """Map-style data: a rank fetches its own rows and no others."""
 
     def __init__(self, data: Any, config: TrainConfig, rank: int, num_ranks: int) -> None:
-        self._data, self._config, self._rank, self._num_ranks = data, config, rank, num_ranks
+        self._data: Any = data
+        self._config, self._rank, self._num_ranks = config, rank, num_ranks
         self._num_samples = len(data)
         if self._num_samples == 0:
             raise DataError(f"the data set {type(data).__name__} yields nothing: its length is 0")
@@ -144,7 +148,8 @@ class _Indexed:
         return torch.randperm(self._num_samples, generator=generator).tolist()
 
     def _fetch(self, indices: Any) -> Any:
-        if callable(fetch := getattr(self._data, "__getitems__", None)):
+        fetch: Any = getattr(self._data, "__getitems__", None)
+        if fetch is not None:
             return default_collate(fetch(list(indices)))
         return default_collate([self._data[index] for index in indices])
 
@@ -152,12 +157,12 @@ class _Indexed:
 class _Stream:
     """Batches that come one after the other: every rank runs through them all and keeps its rows.
 
-    `collate` None: `batches` gives collated batches, to be sliced; else it gives lists of samples, sliced and then collated.
+    `collate` None: `batches` gives collated batches, to be sliced; else lists of samples, sliced and then collated.
     """
 
     def __init__(
         self,
-        batches: Callable[[int], Iterator[Any]],
+        batches: Callable[[], Iterator[Any]],
         num_batches: int | None,
         config: TrainConfig,
         rank: int,
@@ -176,7 +181,7 @@ class _Stream:
     def epoch(self, epoch: int) -> Iterator[Share]:
         numbers = _RandomState(_mix(self._seed, epoch))
         with numbers.in_use():
-            batches = self._batches(epoch)
+            batches = self._batches()
         while True:
             with numbers.in_use():
                 batch = next(batches, None)
@@ -241,8 +246,8 @@ def _loader_batch_size(loader: DataLoader, config: TrainConfig) -> int | None:
     size = loader.batch_size if loader.batch_size is not None else getattr(loader.batch_sampler, "batch_size", None)
     if size is not None and config.batch_size_given and config.batch_size != size:
         raise DataError(
-            f"batch_size={config.batch_size} was asked for, but the DataLoader gives batches of {size}, and its batches are "
-            "the global batches; leave batch_size out or make the two equal"
+            f"batch_size={config.batch_size} was asked for, but the DataLoader gives batches of {size}, and its "
+            "batches are the global batches; leave batch_size out or make the two equal"
         )
     return size
 

@@ -1,7 +1,7 @@
 """The doctor: what this machine offers to a run, and what is wrong with it.
 
-Owns which figures are good, which deserve a warning and which stop a run, and what to do about each. Reading the figures
-is `machine.py`'s.
+Owns which figures are good, which deserve a warning and which stop a run, and what to do about each. Reading the
+figures is `machine.py`'s.
 """
 
 import importlib
@@ -136,7 +136,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     if probe.direct:
         yield Finding("O_DIRECT", "supported in this folder")
     else:
-        advice = "reads and writes go through the page cache, and the figures above show it; a local ext4 or xfs disk supports it"
+        advice = "the figures above are those of the page cache; local ext4 and xfs disks support it"
         yield Finding("O_DIRECT", "not supported in this folder", State.WARNING, advice)
 
 

@@ -1,7 +1,7 @@
 """What a rank tells the run: started, rows of metrics, memory held, finished, failed.
 
-Owns the records and the `Sink` protocol through which a rank sends them. In this process the sink is the recorder itself;
-on Ray it is `monitor.MonitorSink`. All records survive pickling, whatever the user's exception is made of.
+Owns the records and the `Sink` protocol through which a rank sends them. In this process the sink is the recorder
+itself; on Ray it is `monitor.MonitorSink`. All records survive pickling, whatever the user's exception is made of.
 """
 
 import pickle
@@ -28,7 +28,7 @@ _ECHOES = (
 
 @dataclass(frozen=True)
 class Started:
-    """A rank is ready for its first step. `budget_bytes`: per tier; `num_steps` None: not known before the data ends."""
+    """A rank is ready for its first step. `budget_bytes`: per tier; `num_steps` None: the data's end will tell."""
 
     rank: int
     num_ranks: int
@@ -55,10 +55,12 @@ class MemoryHeld:
 
 @dataclass(frozen=True)
 class Finished:
-    """A rank is done, with the trace of its last step in Chrome's format (rank 0 only), or None."""
+    """A rank is done: its last step's trace in Chrome's format (rank 0 only, else None), and the bytes of model state per
+    slot at that step's fullest moment."""
 
     rank: int
     trace: Mapping[str, Any] | None
+    state_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def raise_failure(error: BaseException, failures: Sequence[Failure], num_ranks: 
 
     Raises:
         OutgrowError, ValueError: an error that this project raised on purpose, as the type that it is, its place added.
-        WorkerError: everything else, with the worker's own traceback; `__cause__` is the exception where it can be unpickled.
+        WorkerError: everything else, with the worker's own traceback; `__cause__` is the exception where it survived.
     """
     reported: dict[int, BaseException] = getattr(error, "worker_failures", {})
     spoken = {failure.rank for failure in failures}
@@ -42,8 +42,9 @@ def raise_failure(error: BaseException, failures: Sequence[Failure], num_ranks: 
     if dead:
         last_words = "; ".join(f"rank {rank}: {reported[rank]}" for rank in dead)
         raise WorkerError(
-            f"{', '.join(f'rank {rank}' for rank in dead)} of {num_ranks} ended without a word after step {num_steps}: the process was "
-            f"killed or crashed (the kernel does so when memory runs out; see logs/ in the run folder).\nRay says: {last_words}",
+            f"{', '.join(f'rank {rank}' for rank in dead)} of {num_ranks} ended without a word after step {num_steps}: "
+            "the process was killed or crashed (the kernel does so when memory runs out; logs/ may say more).\n"
+            f"Ray says: {last_words}",
             rank=dead[0],
             step=num_steps + 1,
         ) from None
@@ -53,7 +54,8 @@ def raise_failure(error: BaseException, failures: Sequence[Failure], num_ranks: 
 def _raise_reported(failure: Failure, num_ranks: int) -> NoReturn:
     cause = failure.error()
     if failure.ours and cause is not None:
-        cause.args = (f"{failure.message} ({failure.place})", *cause.args[1:])
+        if f"rank {failure.rank}" not in failure.message:
+            cause.args = (f"{failure.message} ({failure.place})", *cause.args[1:])
         raise cause
     raise WorkerError(
         f"{failure.place} (of {num_ranks} ranks): {failure.kind}: {failure.message}\n\n{failure.trace_text}",

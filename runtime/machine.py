@@ -110,7 +110,7 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
 
 
 def probe_disk(folder: Path, num_bytes: int = 64 << 20) -> DiskProbe:
-    """Write and read `num_bytes` in `folder`, with `O_DIRECT` where it is supported. Raises OSError where it cannot be written."""
+    """Write and read `num_bytes` in `folder`, by `O_DIRECT` where that is supported. Raises OSError."""
     path = folder / f".outgrow-probe-{os.getpid()}"
     block = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as O_DIRECT asks
     block.write(os.urandom(_BLOCK_BYTES))
@@ -158,7 +158,7 @@ def _read(path: Path, block: mmap.mmap, num_bytes: int, flags: int) -> float:
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """The folder of a cgroup and of those above it; in a container the path may not exist below `root`: then the root alone."""
+    """The folder of a cgroup and of those above it; in a container the path may not exist: then `root` alone."""
     folder = root / path.strip("/")
     if folder.is_dir():
         while folder != root and root in folder.parents:

@@ -1,7 +1,7 @@
 """The monitor: a Ray actor that ranks send events to, and that the driver polls.
 
-Owns the actor and the sink that feeds it. It keeps nothing once the driver has fetched it, decides nothing, and asks for
-no CPU. Ranks do not wait for it in a step; `flush` and failures do wait, so that a rank's last words are not lost.
+Owns the actor and the sink that feeds it. It keeps nothing once the driver has fetched it, decides nothing, and asks
+for no CPU. Ranks do not wait for it in a step; `flush` and failures do wait, so that a rank's last words are not lost.
 """
 
 import time

@@ -42,6 +42,7 @@ class Recorder:
         self.failures: list[Failure] = []
         self.plan: Any = None
         self.peak_bytes: dict[int, dict[str, int]] = {}
+        self.state_bytes: dict[int, dict[str, int]] = {}
 
     def send(self, event: Event) -> None:
         """Record one event."""
@@ -54,8 +55,10 @@ class Recorder:
                 self._file.writelines(json.dumps(row) + "\n" for row in rows)
             case MemoryHeld(rank=rank, peak_bytes=peak_bytes):
                 self.peak_bytes[rank] = dict(peak_bytes)
-            case Finished(trace=trace) if trace is not None:
-                self._folder.write_json("timeline.json", dict(trace))
+            case Finished(rank=rank, trace=trace, state_bytes=state_bytes):
+                self.state_bytes[rank] = dict(state_bytes)
+                if trace is not None:
+                    self._folder.write_json("timeline.json", dict(trace))
             case Failure():
                 self.failures.append(event)
         if self._display is not None:
@@ -84,6 +87,7 @@ class Recorder:
             "loss_last": rows[-1]["loss"] if rows else None,
             "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows) if rows else None,
             "peak_bytes": {str(rank): peaks for rank, peaks in sorted(self.peak_bytes.items())},
+            "state_bytes": {str(rank): slots for rank, slots in sorted(self.state_bytes.items())},
             "workers": self._runtime.workers,
             "arguments": self._config.to_json(),
             "started": datetime.fromtimestamp(self._started_s, UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
 """One training on Ray Train: the trainer, its thread, the poll of the monitor, the end of it all.
 
-Owns everything between a running Ray (`cluster.py`) and the function that each worker runs (`worker.py`). What becomes of
-the ranks' events is `recorder.py`'s, which failure counts is `failures.py`'s.
+Owns everything between a running Ray (`cluster.py`) and the function that each worker runs (`worker.py`). What becomes
+of the ranks' events is `recorder.py`'s, which failure counts is `failures.py`'s.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def fit(
     """
     import ray
 
-    monitor = ray.remote(num_cpus=0)(Monitor).remote()
+    monitor: Any = ray.remote(num_cpus=0)(Monitor).remote()
     trainer = _trainer(job, config, resources, folder, monitor, alone)
     errors: list[BaseException] = []
 
@@ -108,8 +108,8 @@ def _trainer(
 
 def _lean_trainer() -> Any:
     """TorchTrainer without two helpers of Ray Train's: the one that feeds Ray Data, and the one that cleans up after a
-    controller that died, which a Ray that ends with the run does not need. Each is a process that loads Ray Train at the
-    start, for 2.5 s of a core, and the second fills the logs with warnings.
+    controller that died, which a Ray that ends with the run does not need. Each is a process that loads Ray Train for
+    2.5 s of a core at the start, and the second fills the logs with warnings.
     """
     from ray.train.torch import TorchTrainer
 

@@ -1,7 +1,7 @@
 """The training loop of one rank, the same in this process and under Ray Train.
 
-Owns the order of things: data, model, engine, steps, callbacks, weights. It does not own what a step does (`engine.py`),
-which rows are a rank's (`data.py`), nor processes (`cluster.py`).
+Owns the order of things: data, model, engine, steps, callbacks, weights. It does not own what a step does
+(`engine.py`), which rows are a rank's (`data.py`), nor processes (`cluster.py`).
 """
 
 import itertools
@@ -49,7 +49,7 @@ def train_rank(job: Job, place: Place, sink: Sink, run_path: str) -> None:
             for callback in job.callbacks:
                 callback.on_error(error)
         if progress.engine is not None and place.rank == 0 and progress.step:
-            sink.send(Finished(place.rank, progress.engine.timeline.to_chrome()))
+            sink.send(_finished(place, progress.engine))
         sink.send(Failure.of(error, place.rank, progress.step + 1 if progress.engine is not None else 0))
         raise
     finally:
@@ -85,7 +85,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     peak_bytes: dict[str, int] = {}
     step: StepResult | None = None
     for share in shares(source, config):
-        step = engine.step(share.samples, num_global_samples=share.num_samples)
+        step = engine.step(share.samples)
         progress.step = step.step
         peak_bytes = {tier: max(held, peak_bytes.get(tier, 0)) for tier, held in step.peak_bytes.items()}
         sink.send(MemoryHeld(place.rank, step.step, peak_bytes))
@@ -98,8 +98,13 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         callback.on_end(engine, step)
     with weights_target(run_path) if place.rank == 0 else nullcontext(run_path) as target:
         engine.export(target)
-    sink.send(Finished(place.rank, engine.timeline.to_chrome() if place.rank == 0 else None))
+    sink.send(_finished(place, engine))
     sink.flush()
+
+
+def _finished(place: Place, engine: Engine) -> Finished:
+    trace = engine.timeline.to_chrome() if place.rank == 0 else None
+    return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 
 def _engine(job: Job, memory: Memory) -> Engine:
@@ -144,7 +149,7 @@ def _argument_error(message: str) -> ValueError:
 
 
 def shares(source: Source, config: TrainConfig) -> Iterator[Share]:
-    """This rank's shares, epoch after epoch, until `steps` or `epochs` are done. Raises DataError for an empty epoch."""
+    """This rank's shares, epoch after epoch, until `steps` or `epochs` are done. Raises DataError where none come."""
     num_steps = 0
     for epoch in itertools.count() if config.epochs is None else range(config.epochs):
         before = num_steps
