@@ -12,18 +12,20 @@ held from the start of F to the end of W or B; a `SAVE` frees them at its end an
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 
 from ..parallel.actions import Action, Kind
 from .pipeline_data import Draft, Op, Schedule, ScheduleError, StageCosts, per_rank
 
-__all__ = ["Score", "Timing", "peaks_of", "score_of", "simulate", "times_of"]
+__all__ = ["Score", "Timing", "peak_of", "score_of", "simulate", "times_of"]
 
 F, B, I, W, R, SAVE, LOAD = Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.SAVE, Kind.LOAD  # noqa: E741
 _NEVER = -1.0
+_kind, _micro_batch = itemgetter(0), itemgetter(2)
 #: Starts and ends (seconds) of one rank's operations, in list order.
 Times = list[tuple[float, float]]
-#: (span, makespan) in seconds: what searches make small, the first before the second.
-Score = tuple[float, float]
+#: (span in seconds, makespan in seconds, peak activations): what searches make small, the first before the others.
+Score = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Timing:
     def span_s(self) -> float:
         """The longest time from a rank's own first start to its own last end: the period of steps that are not
         synchronised (the figure of the zero-bubble papers)."""
-        return max(_compute_span(order, times) for order, times in zip(self.schedule.orders, self.times_s, strict=True))
+        spans = [_compute_ends(o, list(t)) for o, t in zip(self.schedule.ops(), self.times_s, strict=True) if o]
+        return max(last - first for first, last in spans)
 
     @property
     def bubble_s(self) -> float:
@@ -95,7 +98,7 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     """
     num_stages = len(placement)
     last = num_stages - 1
-    width = 1 + max((op[2] for order in orders for op in order), default=0)
+    width = 1 + max((max(map(_micro_batch, order)) for order in orders if order), default=0)
     forward_end = [_NEVER] * (num_stages * width)
     backward_end = [_NEVER] * (num_stages * width)
     local_end: dict[Op, float] = {}  # R, SAVE and LOAD, which no other rank waits for
@@ -171,25 +174,31 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
 
 
 def score_of(draft: Draft, costs: StageCosts) -> Score:
-    """(span, makespan) of a draft.
+    """(span, makespan, peak) of a draft.
 
     Raises:
         ScheduleError: it cannot run.
     """
     times = times_of(draft[1], draft[0], costs)
-    spans = [
-        [span for op, span in zip(order, rank_times, strict=True) if op[0].is_compute]
-        for order, rank_times in zip(draft[1], times, strict=True)
-    ]
-    last_s = [rank[-1][1] for rank in spans if rank]
-    span_s = max((rank[-1][1] - rank[0][0] for rank in spans if rank), default=0.0)
-    return round(span_s, 9), round(max(last_s, default=0.0), 9)
+    span_s = makespan_s = peak = 0.0
+    for order, rank_times in zip(draft[1], times, strict=True):
+        if order:
+            first, last = _compute_ends(order, rank_times)
+            span_s, makespan_s = max(span_s, last - first), max(makespan_s, last)
+            peak = max(peak, _peak(order, rank_times, costs))
+    return round(span_s, 9), round(makespan_s, 9), peak
 
 
-def peaks_of(draft: Draft, costs: StageCosts) -> list[float]:
-    """Most activations of each rank, in the unit of the costs."""
-    times = times_of(draft[1], draft[0], costs)
-    return [_peak(order, rank_times, costs) for order, rank_times in zip(draft[1], times, strict=True)]
+def peak_of(draft: Draft, costs: StageCosts) -> float:
+    """Most activations of any rank, in the unit of the costs."""
+    return score_of(draft, costs)[2]
+
+
+def _compute_ends(order: Sequence[Op], times: Times) -> tuple[float, float]:
+    """First start and last end of computation; copies may follow the last or precede the first."""
+    first = next((span[0] for op, span in zip(order, times, strict=True) if op[0] not in (SAVE, LOAD)), 0.0)
+    last = next((span[1] for op, span in zip(reversed(order), reversed(times)) if op[0] not in (SAVE, LOAD)), 0.0)
+    return first, last
 
 
 def _stuck(orders: Sequence[Sequence[Op]], times: list[Times], num_stages: int) -> str:
@@ -208,14 +217,19 @@ def _stuck(orders: Sequence[Sequence[Op]], times: list[Times], num_stages: int) 
     return "deadlock: " + "; ".join(lines) + ". Put each action after what it needs."
 
 
-def _compute_span(order: Sequence[Action], times: Sequence[tuple[float, float]]) -> float:
-    spans = [span for action, span in zip(order, times, strict=True) if action.kind.is_compute]
-    return spans[-1][1] - spans[0][0] if spans else 0.0
-
-
 def _peak(order: Sequence[Op], times: Times, costs: StageCosts) -> float:
     """Most activations held at once, by time; what ends at a moment is freed before what starts then."""
     held = costs.activations
+    if SAVE not in set(map(_kind, order)):  # by order is by time, and faster
+        level = peak = 0.0
+        for kind, stage, _ in order:
+            if kind is F:
+                level += held[stage]
+                if level > peak:
+                    peak = level
+            elif kind is W or kind is B:
+                level -= held[stage]
+        return round(peak, 9)
     events: list[tuple[float, int, float]] = []
     for (kind, stage, _), (start, end) in zip(order, times, strict=True):
         if kind is F or kind is LOAD:

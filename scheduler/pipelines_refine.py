@@ -8,19 +8,21 @@
 All are deterministic, and keep the micro-batches of each stage and kind in order.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from ..parallel.actions import Kind
 from .pipeline_data import Draft, Op, StageCosts, per_rank
-from .pipeline_timing import Score, score_of, times_of
+from .pipeline_timing import score_of, times_of
 
 __all__ = ["compact", "fill_weights", "refine", "steady_state"]
 
 F, I, W = Kind.F, Kind.I, Kind.W  # noqa: E741
 _UNKNOWN = float("inf")
 _EPSILON = 1e-9
+#: Passes of `refine`: one for schedules with many actions, where a pass takes tenths of a second.
+_ROUNDS, _MANY_ACTIONS = 4, 3000
 
 
 def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patience: float = 1.0) -> Draft | None:
@@ -94,13 +96,12 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
     times = times_of(orders, placement, costs)
     num_stages, comm_s, held = len(placement), costs.comm_s, costs.activations
     line = sorted(
-        (start, end, rank, position)
-        for rank, spans in enumerate(times)
-        for position, (start, end) in enumerate(spans)
+        (start, end, rank, position) for rank, spans in enumerate(times) for position, (start, end) in enumerate(spans)
     )
     ends: dict[Op, float] = {}
     gaps: list[list[tuple[float, float]]] = [[] for _ in orders]
     rank_end = [0.0] * len(orders)
+    levels = [0.0] * len(orders)
     changes: list[list[tuple[float, float]]] = [[] for _ in orders]  # (time, activations), frees first by sign
     placed: list[list[tuple[float, Op]]] = [[] for _ in orders]
     for old_start, old_end, rank, position in line:
@@ -119,10 +120,11 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
                 ready = max(ready, ends[I, stage + 1, j] + (comm_s if placement[stage + 1] != rank else 0.0))
         start = max(ready, rank_end[rank])
         rank_gaps = gaps[rank]
-        for number, (left, right) in enumerate(rank_gaps):
-            begin = max(left, ready)
+        for number in range(max(0, bisect_left(rank_gaps, (ready,)) - 1), len(rank_gaps)):
+            left, right = rank_gaps[number]
+            begin = left if left > ready else ready
             if begin + seconds <= right + _EPSILON and (
-                kind is not F or _room_from(begin, changes[rank], held[stage], limits[rank])
+                kind is not F or _room_from(begin, changes[rank], levels[rank], held[stage], limits[rank])
             ):
                 start = begin
                 pieces = [(a, b) for a, b in ((left, begin), (begin + seconds, right)) if b - a > _EPSILON]
@@ -136,26 +138,31 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
         placed[rank].append((start, op))
         if kind is F:
             insort(changes[rank], (start, held[stage]))
+            levels[rank] += held[stage]
         elif kind is not I:
             insort(changes[rank], (start + seconds - _EPSILON, -held[stage]))
+            levels[rank] -= held[stage]
     return placement, [[op for _, op in sorted(rank, key=lambda item: item[0])] for rank in placed]
 
 
-def _room_from(begin: float, changes: list[tuple[float, float]], amount: float, limit: float) -> bool:
-    level = sum(change for at, change in changes if at <= begin + _EPSILON)
-    peak = level
-    for at, change in changes:
-        if at > begin + _EPSILON:
-            level += change
-            peak = max(peak, level)
-    return peak + amount <= limit * (1 + _EPSILON) + _EPSILON
+def _room_from(begin: float, changes: list[tuple[float, float]], level: float, amount: float, limit: float) -> bool:
+    """Whether `amount` more fits from `begin` on; `level` is what is held after all changes."""
+    most = limit * (1 + _EPSILON) + _EPSILON - amount
+    for at, change in reversed(changes):
+        if level > most:
+            return False
+        if at <= begin + _EPSILON:
+            return True
+        level -= change
+    return level <= most
 
 
-def refine(draft: Draft, costs: StageCosts, limits: Sequence[float], rounds: int = 4) -> Draft:
-    """`compact` and `fill_weights` in turn, at most `rounds` times; the best draft seen, the given one included."""
+def refine(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
+    """`compact` and `fill_weights` in turn while that helps; the best draft seen, the given one included."""
     best, best_score = draft, score_of(draft, costs)
+    rounds = _ROUNDS if sum(map(len, draft[1])) < _MANY_ACTIONS else 1
     for _ in range(rounds):
-        before: Score = best_score
+        before = best_score
         draft = compact(draft, costs, limits)
         tried = [draft, *(fill_weights(draft, costs, limits, patience) for patience in (1.0, 0.5, 0.0))]
         for candidate in tried:
