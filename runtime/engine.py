@@ -199,7 +199,7 @@ class Engine:
                 raise ValueError("a step needs at least one sample; no rank was given any")
             self._compile(micro)
             assert self._program is not None
-            self.state.micro_loss = 0.0
+            self.state.begin_step()
             self._executor.begin(self._program)
             for number, part in enumerate(micro):
                 if part is None:

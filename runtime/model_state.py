@@ -91,6 +91,12 @@ class ModelState:
                 max(len(chunk.layout.fields) for chunk in trainable),
             )
 
+    def begin_step(self) -> None:
+        """Forget the last step's sums."""
+        self.micro_loss = 0.0
+        for chunk in self.chunks:
+            chunk.squares = 0.0
+
     # ---- the handlers of a program's actions
 
     def gather(self, action: Action) -> None:
@@ -141,7 +147,7 @@ class ModelState:
                 holders = [_Holder(gradient) for gradient in gradients]
                 clip_grads_with_norm_(holders, self._clip_grad_norm, total)  # pyright: ignore[reportArgumentType]
             return
-        squares = sum(chunk.squares for chunk in self.chunks if chunk.used is not None)
+        squares = sum(chunk.squares for chunk in self.chunks)
         rows = self._transport.gather_rows([squares, self.micro_loss])
         total_squares, self.loss = (sum(column) for column in rows.T.tolist())
         self.grad_norm = total_squares**0.5

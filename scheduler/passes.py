@@ -142,7 +142,7 @@ def link(actions: Sequence[Action], shape: StepShape, plan: Plan) -> Program:
     """Give every action its lane, and the dependencies that follow from what it reads and writes.
 
     Resources: `param c` (a rank's shard), `full c` (the gathered copy), `act u.m`, `grad c` (this rank's gradients),
-    `sum c` (the summed ones), `norm`. An action waits for the last writer of what it reads, and for the last writer and
+    `sum c` (the summed ones), `squares c` (their sum of squares; on a single rank the norm reads the gradients). An action waits for the last writer of what it reads, and for the last writer and
     all readers since of what it writes.
     """
     last_write: dict[str, int] = {}
@@ -192,12 +192,15 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
             grads = [f"grad {chunk}" for chunk in chunks if shape.chunks[chunk].trainable]
             return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}"], grads
         case Kind.REDUCE:
-            return [], [f"grad {c}", f"sum {c}"]
+            return [], [f"grad {c}", f"sum {c}", f"squares {c}"]
         case Kind.NORM:
             trainable = [chunk for chunk, use in enumerate(shape.chunks) if use.trainable]
-            return [f"{kind} {chunk}" for chunk in trainable for kind in ("grad", "sum")], ["norm"]
+            sums = [f"{kind} {chunk}" for chunk in trainable for kind in ("grad", "sum")]
+            squares = [f"squares {chunk}" for chunk in trainable]
+            if plan.clips_gradients:
+                return squares, sums
+            return squares + (sums if plan.world_size == 1 else []), []
         case Kind.STEP:
-            norm = ["norm"] if plan.clips_gradients else []
-            return [f"grad {c}", f"sum {c}", *norm], [f"param {c}", f"full {c}"]
+            return [], [f"grad {c}", f"sum {c}", f"param {c}", f"full {c}"]
         case _:
             raise AssertionError(f"{action}: no pass makes this action here")
