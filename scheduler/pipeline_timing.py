@@ -4,9 +4,9 @@ Owns `simulate` and `Timing`. Every rank does its list in order, each action as 
 
     F(s,j) after F(s-1,j);   I or B(s,j) after F(s,j) and after I or B(s+1,j);   W(s,j) after I(s,j)
 
-plus `comm_s` where the two stages lie on different ranks (transfers run beside computation). `SAVE` and `LOAD` share one
-copy lane per rank, in list order; each starts no earlier than the end of the action listed before it. Activations are
-held from the start of F to the end of W or B; a `SAVE` frees them at its end and a `LOAD` takes them at its start.
+plus `comm_s` where the two stages lie on different ranks (transfers run beside computation). `SAVE` and `LOAD` share
+one copy lane per rank, in list order; each starts no earlier than the end of the action listed before it. Activations
+are held from the start of F to the end of W or B; a `SAVE` frees them at its end, a `LOAD` takes them at its start.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,10 @@ def simulate(schedule: Schedule, costs: StageCosts | None = None) -> Timing:
     num_times = schedule.num_micro_batches
     work = per_rank((t * num_times for t in costs.total_s), schedule.placement, p)
     if any(op[0] is R for order in ops for op in order):
-        work = [sum(e - s for op, (s, e) in zip(o, t, strict=True) if op[0].is_compute) for o, t in zip(ops, times)]
+        work = [
+            sum(end - start for op, (start, end) in zip(order, rank_times, strict=True) if op[0].is_compute)
+            for order, rank_times in zip(ops, times, strict=True)
+        ]
     peaks = tuple(_peak(order, rank_times, costs) for order, rank_times in zip(ops, times, strict=True))
     return Timing(schedule, tuple(map(tuple, times)), tuple(work), peaks)
 
@@ -197,7 +200,8 @@ def peak_of(draft: Draft, costs: StageCosts) -> float:
 def _compute_ends(order: Sequence[Op], times: Times) -> tuple[float, float]:
     """First start and last end of computation; copies may follow the last or precede the first."""
     first = next((span[0] for op, span in zip(order, times, strict=True) if op[0] not in (SAVE, LOAD)), 0.0)
-    last = next((span[1] for op, span in zip(reversed(order), reversed(times)) if op[0] not in (SAVE, LOAD)), 0.0)
+    pairs = zip(reversed(order), reversed(times), strict=True)
+    last = next((span[1] for op, span in pairs if op[0] not in (SAVE, LOAD)), 0.0)
     return first, last
 
 

@@ -1,9 +1,10 @@
 """`auto`: the best schedule that can be found for measured costs under a memory limit.
 
-Owns the search. Candidates are all named schedules, list schedules under several rules on every placement that the costs
-describe, orders of named schedules that would need too much memory followed as far as the limit allows, and building
-blocks packed for the measured times; the best few are refined. Best is the shortest span, then makespan, then peak, so
-`auto` is never longer than the best named schedule that fits. Deterministic: the effort is counted in actions, not time.
+Owns the search. Candidates are all named schedules, list schedules under several rules on every placement that the
+costs describe, orders of named schedules that would need too much memory followed as far as the limit allows, and
+building blocks packed for the measured times; the best few are refined. Best is the shortest span, then makespan, then
+peak, so `auto` is never longer than the best named schedule that fits. Deterministic: the effort is counted in actions,
+not in time.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """List scheduling: any placement, any times, a memory limit per rank; one greedy pass in simulated time.
 
-Owns `list_schedule` and `Rules`. Which rules to try, and what to keep, is `pipelines_auto.py`'s. A rank that becomes free
-takes, of the forwards and input gradients whose inputs are there, the one its rules prefer; weight gradients fill the
-gaps, unless something better arrives within a part of their time. Micro-batches keep their order on every stage and
+Owns `list_schedule` and `Rules`. Which rules to try, and what to keep, is `pipelines_auto.py`'s. A rank that becomes
+free takes, of the forwards and input gradients whose inputs are there, the one its rules prefer; weight gradients fill
+the gaps, unless something better arrives within a part of their time. Micro-batches keep their order on every stage and
 kind, so gradients are summed in one order under every schedule.
 
 No deadlock: a forward is admitted only if the later chunks of the same rank still find room afterwards, so the deepest
@@ -61,7 +61,7 @@ def list_schedule(
         costs: of exactly these stages.
         limits: most activations of each rank, in the unit of the costs.
         rules: preferences.
-        guide: a wished time for each F and I; the earliest wish of what is ready goes first (replaces the rules' order).
+        guide: a wished time for each F and I; of what is ready, the earliest wish goes first.
 
     Returns:
         The draft, or None if a rank has no room for one micro-batch.

@@ -66,6 +66,7 @@ def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patie
         assert op is not None
         kind, stage, j = op
         result[rank].append(op)
+        following: Op | None = None
         if kind is W:
             end = now + costs.weight_s[stage]
             used[rank] -= held[stage]
@@ -77,7 +78,7 @@ def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patie
             end = now + costs.input_s[stage]
             pending[rank].append((W, stage, j))
             following = (I, stage - 1, j)
-        if kind is not W and following[1] >= 0:
+        if following is not None and following[1] >= 0:
             other = placement[following[1]]
             at = ready[following] = end + (comm_s if other != rank else 0.0)
             if other != rank:
@@ -177,9 +178,9 @@ def refine(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
 def steady_state(placement: Sequence[int], num_micro_batches: int, costs: StageCosts, stretch: float = 1.0) -> Draft:
     """A building block for these times, repeated for every micro-batch.
 
-    The period is `stretch` times the work of the busiest rank for one micro-batch. Along F of every stage and back along
-    I, each action takes the earliest place after the one before it that leaves, on its rank's circle of one period, gaps
-    into which the rank's other actions still fit: short lives, hence few activations.
+    The period is `stretch` times the work of the busiest rank for one micro-batch. Along F of every stage and back
+    along I, each action takes the earliest place after the one before it that leaves, on its rank's circle of one
+    period, gaps into which the rank's other actions still fit: short lives, hence few activations.
     """
     num_ranks = max(placement) + 1
     period = stretch * max(per_rank(costs.total_s, placement, num_ranks))

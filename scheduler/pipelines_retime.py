@@ -112,7 +112,8 @@ def best_v_min(num_ranks: int, num_micro_batches: int, costs: StageCosts, limit:
     p, m = num_ranks, num_micro_batches
     pattern = refined(v_min(p, m), costs)
     total_s = max(costs.total_s)
-    even = StageCosts.of_stages(*[[total_s / 3] * 2 * p] * 3, costs.activations, costs.copy_s, costs.comm_s)
+    third = [total_s / 3] * (2 * p)
+    even = StageCosts.of_stages(third, third, third, costs.activations, costs.copy_s, costs.comm_s)
     busiest_s = m * 2 * total_s
     acceptable_s = score_of(refined(v_min(p, m), even), even)[0] - busiest_s + _TOLERANCE
     drafts = [pattern]

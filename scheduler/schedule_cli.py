@@ -1,0 +1,102 @@
+"""The commands `outgrow schedule NAME` and `outgrow schedule table`.
+
+Owns `app`, a group with one command per schedule name; `runtime/cli.py` mounts it. Loads neither torch nor ray.
+
+    outgrow schedule zb-v --stages 4 --micro-batches 8 --svg zb-v.svg
+    outgrow schedule interleaved --stages 4 --micro-batches 8 --chunks 4 --times 1 1.2 0.8
+    outgrow schedule auto --stages 8 --micro-batches 32 --memory-limit 5 --json
+    outgrow schedule table
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..parallel.actions import Kind
+from .pipeline_check import Limits, validate
+from .pipeline_data import StageCosts
+from .pipeline_draw import grid, summary, svg
+from .pipeline_table import as_table, entries
+from .pipeline_timing import Timing, simulate
+from .pipelines import NAMES, schedule
+
+__all__ = ["app", "as_json"]
+
+app = typer.Typer(no_args_is_help=True, help="Pipeline schedules: draw one, or compare all with what is published.")
+
+
+def as_json(timing: Timing) -> dict[str, object]:
+    """The schedule as plain data: what each rank computes, in order, with its bubble and its peaks.
+
+    An offloading schedule has `copies` too: the full orders, with `SAVE` and `LOAD` where they are issued.
+    """
+    plan = timing.schedule
+    data: dict[str, object] = {
+        "placement": list(plan.placement),
+        "orders": [[str(action) for action in order if action.kind.is_compute] for order in plan.orders],
+        "bubble": round(timing.bubble_s, 9),
+        "peak_activations": list(timing.peak_activations),
+    }
+    if any(action.kind is Kind.SAVE for order in plan.orders for action in order):
+        data["copies"] = [[str(action) for action in order] for order in plan.orders]
+    return data
+
+
+def _command(name: str) -> Callable[..., None]:
+    def draw(
+        stages: Annotated[
+            int, typer.Option(help="Pipeline ranks; a loop has this times --chunks stages, a vee twice.")
+        ],
+        micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")],
+        chunks: Annotated[int | None, typer.Option(help="Stages on each rank, for schedules on a loop.")] = None,
+        times: Annotated[
+            tuple[float, float, float] | None,
+            typer.Option(help="Seconds of F, I and W for the part of the model on one rank.", metavar="F I W"),
+        ] = None,
+        comm: Annotated[float, typer.Option(help="Seconds from one rank to the next.")] = 0.0,
+        memory_limit: Annotated[
+            float | None, typer.Option(help="Most activations of a rank, in micro-batches of one rank's part.")
+        ] = None,
+        svg_file: Annotated[Path | None, typer.Option("--svg", help="Write a picture there.")] = None,
+        as_data: Annotated[bool, typer.Option("--json", help="Print the schedule as JSON and nothing else.")] = False,
+    ) -> None:
+        try:
+            costs = StageCosts.equal(stages, *(times or (1.0, 1.0, 1.0)), comm_s=comm) if stages > 0 else None
+            plan = schedule(name, stages, micro_batches, costs, memory_limit, chunks)
+            timing = simulate(plan, costs)
+            validate(plan, Limits(memory_limit, costs))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if svg_file is not None:
+            svg_file.write_text(svg(timing), encoding="utf-8")
+        if as_data:
+            typer.echo(json.dumps(as_json(timing)))
+            return
+        console = Console()
+        console.print(grid(timing, console.width))
+        console.print(summary(timing))
+        if svg_file is not None:
+            console.print(f"written: {svg_file}")
+
+    draw.__doc__ = f"Draw {name}."
+    return draw
+
+
+for _name in NAMES:
+    app.command(_name)(_command(_name))
+
+
+@app.command("table")
+def _table(
+    stages: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; 2, 4, 8 and 16 unless given.")] = None,
+    chunks: Annotated[int, typer.Option(help="Chunks of schedules on a loop.")] = 2,
+) -> None:
+    """Bubble and peak of every schedule, beside what is published; leaves with 1 if one is worse."""
+    rows = list(entries(stages or (2, 4, 8, 16), num_chunks=chunks))
+    Console(width=160).print(as_table(rows))
+    if not all(row.is_as_published for row in rows):
+        raise typer.Exit(1)
