@@ -44,7 +44,7 @@ def outgrow(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Ranks; 0 trains in this process, without Ray.")] = 2,
 ) -> None:
     """Train a byte-level GPT on the source of Python's standard library, sharded over workers."""

@@ -22,9 +22,11 @@ from .trainer import fit, is_ray_data
 __all__ = ["check_here", "session", "train_on_cluster"]
 
 _LOG_TAIL_BYTES = 1 << 20
-# How Ray behaves while a run goes on, in its own words. Health checks: how soon an end or a failure is seen.
+# How Ray behaves while a run goes on, in its own words. Health checks: how soon an end or a failure is seen. Workers
+# that share busy cores may take more than Ray's minute to load torch.
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,7 +45,7 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
     import ray
 
     owned = not ray.is_initialized()
-    with _settings(_RAY_SETTINGS_ALONE if owned and config.address is None else _RAY_SETTINGS):
+    with _silence(owned), _settings(_RAY_SETTINGS_ALONE if owned and config.address is None else _RAY_SETTINGS):
         if owned:
             local: dict[str, Any] = {} if config.address else {"num_cpus": cores, "num_gpus": gpus}
             ray.init(
@@ -99,6 +101,19 @@ def _cluster_resources(job: Job, config: RuntimeConfig) -> Resources:
     resources = choose_resources(config, None, int(there.get("GPU", 0)), spare)
     check_capacity(config, resources, there, spare)
     return resources
+
+
+@contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Keep what Ray prints of dead workers off the console: the error that is raised says it, and the logs do."""
+    from ray._private import worker
+
+    before = worker._worker_logs_enabled
+    worker._worker_logs_enabled = before and not quiet
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
 
 
 @contextmanager

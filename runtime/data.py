@@ -272,6 +272,8 @@ def _mix(seed: int, epoch: int) -> int:
 
 
 def _is_function(data: Any) -> bool:
+    if isinstance(data, type):
+        return True  # a class is a function that returns one of its objects
     return callable(data) and not hasattr(data, "__getitem__") and not hasattr(data, "__iter__")
 
 
