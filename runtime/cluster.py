@@ -65,10 +65,15 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
 
 
 def check_here(job: Job, config: RuntimeConfig) -> None:
-    """Raise ValueError where Ray is yet to be started on this machine, and this machine cannot hold the workers."""
+    """Raise ValueError where this machine, or the Ray that this process has, cannot hold the workers.
+
+    A cluster that is yet to be connected to (`address=`) is checked then.
+    """
     import ray
 
-    if config.address is None and not ray.is_initialized():
+    if ray.is_initialized():
+        _cluster_resources(job, config)
+    elif config.address is None:
         _local_resources(job, config)
 
 

@@ -4,7 +4,9 @@ Owns what is shown, by `rich`, on stderr's side of the console; a line every few
 measures nothing.
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from .events import Event, Failure, MemoryHeld, Rows, Started
 __all__ = ["LiveDisplay"]
 
 _LINE_EVERY_S = 5.0
+_RECENT_STEPS = 20
 
 
 class LiveDisplay:
@@ -41,6 +44,7 @@ class LiveDisplay:
         self._budgets: dict[int, Mapping[str, int]] = {}
         self._held: dict[int, Mapping[str, int]] = {}
         self._row: dict[str, Any] | None = None
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_steps: int | None = None
         self._began_s = self._said_s = time.monotonic()
         self._live: Live | None = None
@@ -59,6 +63,7 @@ class LiveDisplay:
                 self._bar.update(self._task, total=num_steps, description="training")
             case Rows(rows=rows):
                 self._row = rows[-1]
+                self._recent_s.extend(row["step_s"] for row in rows)
                 self._bar.update(self._task, completed=self._row["step"])
             case MemoryHeld(rank=rank, peak_bytes=peak_bytes):
                 self._held[rank] = peak_bytes
@@ -96,7 +101,7 @@ class LiveDisplay:
         if row["grad_norm"] is not None:
             parts.append(f"norm {row['grad_norm']:.3g}")
         if self._num_steps and row["step"] < self._num_steps:
-            parts.append(f"{(self._num_steps - row['step']) * row['step_s']:.0f} s left")
+            parts.append(f"{(self._num_steps - row['step']) * statistics.median(self._recent_s):.0f} s left")
         return "  ".join(parts)
 
     def _render(self) -> Group:
