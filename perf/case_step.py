@@ -49,8 +49,8 @@ _TARGETS = (
     (_DEEPSPEED, _DDP, None),
 )
 
-# Greatest relative difference of losses on the same data that is still the same training. Measured among plain, DDP and
-# FSDP2 over 7 steps: up to 1e-6. A parameter kept in bfloat16 shows as 4e-6 at the first step and grows.
+# Greatest relative difference of losses on the same data that is still the same training. The order of summation alone
+# makes about 1e-7 in the first steps; a parameter kept in bfloat16 makes 4e-6 in the very first.
 _LOSS_TOLERANCE = 3e-6
 _IDLE_LIMIT = 0.05
 
@@ -64,8 +64,8 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
     """
     figures: list[Figure] = []
     notes: list[str] = [
-        "Ratios are taken round by round between contestants that stood in memory together and took turns.",
-        "peak RSS counts shared pages whole, in every rank that maps them.",
+        "float32, AdamW; ratios are of tokens/s, round by round, of contestants that stood in memory together.",
+        "RSS is the peak of a rank during a step; pages that ranks share count whole in each of them.",
     ]
     for config in options.configs:
         groups = _NEEDED + (_EXTRA if options.with_extras else ())
@@ -87,13 +87,11 @@ def _measure(
     here = [replace(each, arguments={"config": config, **each.arguments}) for each in contestants]
     with Group(here, say=say) as group:
         warmup = group.rounds(options.num_warmup)
-        for contestant in group.contestants:
-            group.ask(contestant.name, "reset_peak")
         measured = group.rounds(options.num_rounds, first=options.num_warmup)
         idle = group.idle_shares()
     seconds = {name: [max(each.seconds for each in ranks) for ranks in turns] for name, turns in measured.items()}
     losses = {name: [ranks[0].loss for ranks in warmup[name] + measured[name]] for name in measured}
-    section = f"{config}: {_shape(contestants[0])}, {' x '.join(map(str, _batch(config)))} tokens a step, float32"
+    section = f"{config}, {_shape(contestants[0])}"
     figures = [_speed(section, contestant, tokens, seconds, measured) for contestant in here]
     for ours, theirs, target in _TARGETS:
         if ours.name in seconds and theirs.name in seconds:
@@ -106,12 +104,6 @@ def _measure(
         if share > _IDLE_LIMIT
     ]
     return figures, notes
-
-
-def _batch(config: str) -> tuple[int, int]:
-    from .models import CONFIGS
-
-    return CONFIGS[config].batch_size, CONFIGS[config].length
 
 
 def _shape(contestant: Contestant) -> str:
@@ -135,7 +127,7 @@ def _speed(
         contestant.name,
         "tokens/s",
         tuple(tokens / each for each in seconds[contestant.name]),
-        note=f"peak RSS {peak_bytes / 2**20:,.0f} MiB a rank",
+        note=f"RSS {peak_bytes / 2**20:,.0f} MiB",
     )
 
 
@@ -149,9 +141,9 @@ def _agreement(section: str, losses: dict[str, list[float]]) -> Figure:
     worst = max(others, key=lambda name: abs(losses[name][-1] - losses[reference][-1]), default=reference)
     return Figure(
         section,
-        "greatest difference of losses",
+        "losses differ by",
         "relative",
         (max(differences),),
         Target(high=_LOSS_TOLERANCE),
-        note=f"over {len(differences)} steps, against {reference}; at the last step {worst} differs most",
+        note=f"at most, from {reference}, in {len(differences)} steps; at the last most by {worst}",
     )

@@ -3,6 +3,7 @@
 Owns options and output. It does not own the cases. `--help` and `--list` load neither torch nor a case.
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+_FILE_WIDTH = 132  # columns of a table that goes to a file or a pipe
 
 _Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also store the report as JSON.")]
 _Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="Measured rounds; in each, everyone has a turn.")]
@@ -66,7 +69,7 @@ def _run(
     except (OutgrowError, ValueError) as error:
         errors.print(f"{name}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
-    Console().print(render(report))
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(render(report))
     if json is not None:
         report.write(json)
 

@@ -84,7 +84,7 @@ class StepReport:
     Attributes:
         seconds: from behind a barrier of all ranks to this rank's end of the step.
         loss: mean over the global batch.
-        peak_rss_bytes: the process's greatest resident set since `reset_peak`, shared pages included.
+        peak_rss_bytes: the process's greatest resident set during the step, shared pages included.
     """
 
     seconds: float

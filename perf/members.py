@@ -57,8 +57,9 @@ class Trainee:
     finish: Callable[[], None] = lambda: None
 
     def step(self, index: int) -> StepReport:
-        """One training step on the batch of that index. Making the batch is not timed."""
+        """One training step on the batch of that index. Making the batch is not timed. Memory's peak is this step's."""
         inputs, targets = (tensor.chunk(self.rank.count)[self.rank.index] for tensor in self.batches(index))
+        reset_peak_rss()
         self.rank.barrier()
         started = time.perf_counter()
         loss = self.train(inputs, targets)
@@ -67,9 +68,6 @@ class Trainee:
     def steps(self, first: int, count: int) -> list[float]:
         """Losses of several steps, for curves."""
         return [self.step(index).loss for index in range(first, first + count)]
-
-    def reset_peak(self) -> None:
-        reset_peak_rss()
 
     def close(self) -> None:
         self.finish()

@@ -44,14 +44,14 @@ def test_losses_that_differ_are_not_the_same_training() -> None:
     off = case_step._agreement("S", {"plain": plain, "DDP": plain, "outgrow": [9.0, 8.0, 7.0007]})
     assert off.median == pytest.approx(1e-4)
     assert off.is_met is False
-    assert "against plain; at the last step outgrow differs most" in off.note
+    assert "from plain, in 3 steps; at the last most by outgrow" in off.note
 
 
 def test_speed_is_of_the_slowest_rank_and_memory_of_the_largest() -> None:
     turns = [[StepReport(1.0, 9.0, 5 * 2**20), StepReport(2.0, 9.0, 7 * 2**20)]]
     figure = case_step._speed("S", case_step._DDP, 2048, {"DDP": [2.0]}, {"DDP": turns})
     assert figure.median == 1024
-    assert figure.note == "peak RSS 7 MiB a rank"
+    assert figure.note == "RSS 7 MiB"
 
 
 def test_both_sides_of_every_target_stand_in_one_group() -> None:
