@@ -49,11 +49,10 @@ def measure_disk(
     specs = [ExtentSpec(name, extent_bytes) for name in names]
     buffers = [AlignedBuffer(extent_bytes) for _ in range(_RING)]
     try:
-        rng = np.random.default_rng(0)
-        for buffer in buffers:
-            buffer.view[:] = rng.bytes(extent_bytes)
         with DiskStore(folder, "measure", 0, specs, block_bytes=block_bytes, depth=depth, deadline_s=deadline_s,
                        in_flight_bytes=_RING * extent_bytes) as store:  # fmt: skip
+            for seed, buffer in enumerate(buffers):
+                buffer.view[:] = np.random.default_rng(seed).bytes(extent_bytes)
             _pass(store.write, names, buffers)
             write_s = _pass(store.write, names, buffers)
             read_s = _pass(store.read, names, buffers)

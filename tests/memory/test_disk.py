@@ -259,6 +259,7 @@ def test_closing_keeps_the_first_error_and_cancels_the_rest(tmp_path: Path) -> N
     with pytest.raises(StoreError, match="cancelled"):
         queued.wait()
     assert not running.done  # the kernel still has it: its memory must not be used, its descriptor not closed
+    assert os.fstat(store._file._fd).st_nlink == 0
     assert not os.path.exists(store.path)
     gate.open()
     store.close(20.0)
