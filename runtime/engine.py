@@ -350,6 +350,7 @@ class Engine:
         if self._dtype is None:
             return None
         dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        dtypes.discard(torch.float32)  # modules with running statistics take what the others compute with
         return dtypes.pop() if len(dtypes) == 1 else self._dtype
 
     def _check_fit(self) -> None:

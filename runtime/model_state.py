@@ -112,11 +112,7 @@ class ModelState:
     def reduce(self, action: Action) -> None:
         """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
         chunk = self._chunk(action)
-        for parameter in chunk.parameters:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise ValueError(
-                    f"a parameter of unit {chunk.layout.unit} got a sparse gradient; build the layer with sparse=False"
-                )
+        _refuse_sparse(chunk)
         first = chunk.used is None
         whole = self._transport is None or not self._plan.chunks[chunk.layout.index].gradients_sharded
         if chunk.sums is None:
@@ -230,6 +226,8 @@ class ModelState:
 
     def held_bytes(self) -> dict[str, int]:
         """Slot -> bytes that this rank holds now, read off the storages themselves."""
+        for chunk in self.chunks:
+            _refuse_sparse(chunk)
         sizes = {"param": sum(chunk.store.held_bytes for chunk in self.chunks)}
         grads = sum(p.grad.nbytes for chunk in self.chunks for p in chunk.parameters if p.grad is not None)
         sizes["grad"] = grads + sum(chunk.sums.nbytes for chunk in self.chunks if chunk.sums is not None)
@@ -257,7 +255,7 @@ class ModelState:
         for item, parameter in zip(layout.fields, parameters, strict=True):
             layout.view(original, item).copy_(parameter.data)
         store.fill(original if original.dtype is layout.dtype else original.to(layout.dtype))
-        if original.dtype is not layout.dtype and layout.trainable:
+        if original.dtype is not layout.dtype:  # also of frozen parameters: their weights are not to be rounded
             chunk.master = original[store.start : store.stop].clone()
         self._point_at_full(chunk)
         if layout.trainable:
@@ -314,6 +312,14 @@ class _Holder:
 
     def __init__(self, grad: torch.Tensor) -> None:
         self.grad = grad
+
+
+def _refuse_sparse(chunk: ChunkState) -> None:
+    if any(parameter.grad is not None and parameter.grad.layout is not torch.strided for parameter in chunk.parameters):
+        raise ValueError(
+            f"a parameter of unit {chunk.layout.unit} got a sparse gradient, which cannot be sharded; "
+            "build the layer with sparse=False"
+        )
 
 
 def _pack(chunk: ChunkState, flat: torch.Tensor, flags: torch.Tensor) -> None:
