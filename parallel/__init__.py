@@ -1,1 +1,1 @@
-"""One rank among many: collectives, sharding arithmetic, units, the action vocabulary. Knows nothing of plans or Ray."""
+"""One rank among many: collectives, sharding, units, the action vocabulary. Knows nothing of plans or Ray."""

@@ -75,6 +75,7 @@ _TARGETS: dict[Kind, Target] = {
     ),
 }
 _TEXT = re.compile(r"^([A-Z_]+)(?: ?([cas]?)(\d+)(?:\.(\d+))?(?::(\w+))?)?$")
+_SLOT = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,16 @@ class Action:
         target = self.kind.target
         if (self.index is None) != (target is Target.NOTHING):
             raise ValueError(f"{self.kind} takes {'no index' if target is Target.NOTHING else 'an index'}")
+        if target is Target.NOTHING and self.micro_batch is not None:
+            raise ValueError(f"{self.kind} is done for the whole step, got micro-batch {self.micro_batch}")
+        if min(self.index or 0, self.micro_batch or 0) < 0:
+            raise ValueError(f"{self.kind}: index {self.index} and micro-batch {self.micro_batch} count from 0")
         if target in (Target.UNIT, Target.ACTIVATION, Target.STAGE) and self.micro_batch is None:
             raise ValueError(f"{self.kind} of {self.index} needs a micro-batch")
         if self.slot is not None and target is not Target.CHUNK:
             raise ValueError(f"{self.kind} takes no slot, got {self.slot!r}")
+        if self.slot is not None and not _SLOT.fullmatch(self.slot):
+            raise ValueError(f"{self.kind}: a slot is one word such as 'param', got {self.slot!r}")
 
     def __str__(self) -> str:
         target = self.kind.target

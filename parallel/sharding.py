@@ -30,7 +30,7 @@ class Piece:
 
 
 def shard_range(num_elems: int, size: int, rank: int) -> tuple[int, int]:
-    """`[start, stop)` of the elements that `rank` of `size` owns. `num_elems` must divide by `size` (padding sees to it)."""
+    """`[start, stop)` of the elements that `rank` of `size` owns; padding sees to it that `num_elems` divides."""
     assert num_elems % size == 0, f"{num_elems} elements do not divide by {size} ranks: the layout was not padded"
     assert 0 <= rank < size, f"rank {rank} of {size}"
     part = num_elems // size

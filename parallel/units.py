@@ -36,7 +36,7 @@ def find_units(model: nn.Module, given: Sequence[str] | None = None) -> tuple[Un
     """The units of `model`, in the order of registration, without units that have no parameter.
 
     Raises:
-        ValueError: a given name that is no module of the model, or given units of which one lies inside another.
+        ValueError: no name given, a name that is no module of the model, or units of which one lies inside another.
     """
     if given is not None:
         return _given_units(model, given)
@@ -49,6 +49,8 @@ def find_units(model: nn.Module, given: Sequence[str] | None = None) -> tuple[Un
 
 def _given_units(model: nn.Module, given: Sequence[str]) -> tuple[Unit, ...]:
     modules = dict(model.named_modules())
+    if not given:
+        raise ValueError("units: the list is empty; name at least one module, or give None to have them found")
     for name in given:
         if name not in modules or name == "":
             known = ", ".join(list(modules)[1:13])
