@@ -12,7 +12,7 @@ from math import ceil
 from rich.table import Table
 
 from .pipeline_timing import simulate
-from .pipelines import NAMES, schedule
+from .pipelines import LOOP_NAMES, NAMES, schedule
 
 __all__ = ["Entry", "Published", "as_table", "entries", "micro_batch_counts", "published"]
 
@@ -63,10 +63,11 @@ def published(name: str, num_ranks: int, num_micro_batches: int, num_chunks: int
     chain = 2 * p + (3 * (m - 1) + 1) / v - 3 * m  # forwards and input gradients of all stages, then what follows
     interleaved_bubble = max(3 * (p - 1) / v, 3 * p + 3 * (m - 1) / v - 3 * m)
     half = ceil(p / 2)
+    group = ceil(m / max(1, m // p)) if m > p else p  # groups of p, or of nearly p where p does not divide m
     formulas: dict[str, Published] = {
         "gpipe": Published(3 * (p - 1), m),
         "1f1b": Published(3 * (p - 1), min(m, p)),
-        "interleaved": Published(interleaved_bubble, min(m, (p * (v - 1) + 2 * (p - 1) + 1) / v)),
+        "interleaved": Published(interleaved_bubble, min(m, (group * (v - 1) + 2 * (p - 1) + 1) / v)),
         "looped-bfs": Published(interleaved_bubble, m),
         "zb-h1": Published(max(p - 1, 2 * p - 1 - m), min(m, p)),
         "zb-h2": Published(max(0, 2 * p - 1 - m), min(m, 2 * p - 1)),
@@ -89,7 +90,7 @@ def entries(num_ranks: Iterable[int], names: Iterable[str] = NAMES, num_chunks: 
     for p in num_ranks:
         for m in micro_batch_counts(p):
             for name in names:
-                chunks = num_chunks if name in ("interleaved", "looped-bfs", "auto") or "gis" in name else None
+                chunks = num_chunks if name in (*LOOP_NAMES, "auto") else None
                 timing = simulate(schedule(name, p, m, chunks=chunks))
                 bound = Published(None, None)
                 if name == "auto":

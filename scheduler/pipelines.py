@@ -30,11 +30,12 @@ from .pipelines_offload import building_block, pipeoffload
 from .pipelines_retime import best_gis, best_gis_half, best_interleaved, best_v_half, best_v_min, refined
 from .pipelines_zero_bubble import zb_h1, zb_h2, zb_v
 
-__all__ = ["NAMES", "SPLIT_NAMES", "schedule"]
+__all__ = ["LOOP_NAMES", "NAMES", "SPLIT_NAMES", "schedule"]
 
 _ONE = ("gpipe", "1f1b", "zb-h1", "zb-h2")
 _VEE = ("zb-v", "v-half", "v-min", "dualpipe-v")
-_LOOP = ("interleaved", "looped-bfs", "gis", "gis-half", "pipeoffload-half", "pipeoffload-full")
+#: Those on a loop, which take `chunks`.
+LOOP_NAMES = ("interleaved", "looped-bfs", "gis", "gis-half", "pipeoffload-half", "pipeoffload-full")
 #: Every name, in the order of the table.
 NAMES = (
     "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v",
@@ -74,10 +75,9 @@ def schedule(
         raise ValueError(f"no schedule is called {name!r}; there are {', '.join(NAMES)}")
     if stages < 1 or micro_batches < 1 or (chunks is not None and chunks < 1):
         raise ValueError(f"stages, micro-batches and chunks count from 1, got {stages}, {micro_batches}, {chunks}")
-    if chunks is not None and name not in (*_LOOP, "auto") and chunks != (2 if name in _VEE else 1):
-        raise ValueError(
-            f"{name} has {2 if name in _VEE else 1} chunks per rank, not {chunks}; chunks are for {', '.join(_LOOP)}"
-        )
+    if chunks is not None and name not in (*LOOP_NAMES, "auto") and chunks != (2 if name in _VEE else 1):
+        fixed = 2 if name in _VEE else 1
+        raise ValueError(f"{name} has {fixed} chunks per rank, not {chunks}; chunks are for {', '.join(LOOP_NAMES)}")
     base = costs or StageCosts.equal(stages)
     if name == "auto":
         return from_draft(

@@ -5,16 +5,15 @@ becomes of them otherwise: cut patterns are refined within the memory of the pat
 with every micro-batch on unequal times, gives way to the schedule of least memory that does not degrade.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import ceil
 
 from .pipeline_data import Draft, ScheduleError, StageCosts, vee
 from .pipeline_timing import Score, peak_of, score_of
 from .pipelines_basic import interleaved, interleaved_groups
-from .pipelines_list import Rules, list_schedule
 from .pipelines_offload import gis, gis_half
 from .pipelines_refine import refine, steady_state
-from .pipelines_zero_bubble import cut_to, v_half, v_min
+from .pipelines_zero_bubble import cut_front, cut_to, v_half, v_min
 
 __all__ = ["best_gis", "best_gis_half", "best_interleaved", "best_of", "best_v_half", "best_v_min", "refined"]
 
@@ -59,38 +58,31 @@ def best_interleaved(num_ranks: int, num_micro_batches: int, num_chunks: int, co
 
 
 def best_gis(num_ranks: int, num_micro_batches: int, num_chunks: int, costs: StageCosts) -> Draft:
-    """Groups of p; where p does not divide m, the last group is cut and what gaps it leaves are filled."""
+    """Groups of p; where p does not divide m, the first or the last group is cut and the gaps are filled."""
     p, m = num_ranks, num_micro_batches
-    if m % p == 0 or m < p:
-        return gis(p, [min(m, p)] * ceil(m / p), num_chunks)
-    whole = gis(p, [p] * ceil(m / p), num_chunks)
-    cut = whole[0], cut_to(m, whole[1])
-    short = gis(p, [p] * (m // p) + [m % p], num_chunks)
-    return _within(p, m, costs, [cut, short], peak_of(cut, costs))
+    if m % p == 0:
+        return gis(p, [p] * (m // p), num_chunks)
+    if m < p:
+        return refined(gis(p, [m], num_chunks), costs)
+    return _cut(gis(p, [p] * ceil(m / p), num_chunks), m, ceil(m / p) * p, costs)
 
 
 def best_gis_half(num_ranks: int, num_micro_batches: int, num_chunks: int, costs: StageCosts) -> Draft:
-    """Groups of half the ranks, the gaps filled where they do not divide the micro-batches."""
+    """Groups of half the ranks; where those do not divide m, cut and filled like the whole ones."""
     p, m = num_ranks, num_micro_batches
-    draft = gis_half(p, m, num_chunks)
-    if m % ceil(p / 2) == 0:
-        return draft
-    return _within(p, m, costs, [draft], peak_of(draft, costs))
+    group = ceil(p / 2)
+    if m % group == 0:
+        return gis_half(p, m, num_chunks)
+    whole = ceil(m / group) * group
+    return _cut(gis_half(p, whole, num_chunks), m, whole, costs)
 
 
-def _within(p: int, m: int, costs: StageCosts, drafts: Sequence[Draft], limit: float) -> Draft:
-    """The best of the drafts, refined, and of a few list schedules on the same placement."""
-    placement = drafts[0][0]
-    tried = [refine(draft, costs, [limit] * p) for draft in drafts]
-    for spacing in (0.0, 0.5):
-        for forward_first in (False, True):
-            rules = Rules(forward_first=forward_first, spacing=spacing, burst=p if spacing else 0, patience=0.0)
-            tried.append(_must_fit(list_schedule(placement, m, costs, [limit] * p, rules), drafts[0]))
-    return _must(best_of([*drafts, *tried], costs))
-
-
-def _must_fit(draft: Draft | None, otherwise: Draft) -> Draft:
-    return otherwise if draft is None else draft
+def _cut(draft: Draft, m: int, num_whole: int, costs: StageCosts) -> Draft:
+    """The draft of whole groups with its first or its last micro-batches left out, refined within its own peak."""
+    placement, orders = draft
+    limits = [peak_of(draft, costs)] * len(orders)
+    cut = [(placement, cut_to(m, orders)), (placement, cut_front(num_whole - m, orders))]
+    return _must(best_of([*cut, *(refine(one, costs, limits) for one in cut)], costs))
 
 
 def best_v_half(num_ranks: int, num_micro_batches: int, costs: StageCosts) -> Draft:

@@ -8,7 +8,7 @@ them on unequal measured times is `pipelines_auto.py`'s. Sources: *Zero Bubble P
 from ..parallel.actions import Kind
 from .pipeline_data import Draft, Op, loop, vee
 
-__all__ = ["cut_to", "v_half", "v_min", "zb_h1", "zb_h2", "zb_v"]
+__all__ = ["cut_front", "cut_to", "v_half", "v_min", "zb_h1", "zb_h2", "zb_v"]
 
 F, I, W = Kind.F, Kind.I, Kind.W  # noqa: E741
 #: One rank on a grid of equal slots: slot -> operation.
@@ -18,6 +18,11 @@ _Slots = dict[int, Op]
 def cut_to(num_micro_batches: int, orders: list[list[Op]]) -> list[list[Op]]:
     """The orders without the micro-batches beyond `num_micro_batches`."""
     return [[op for op in order if op[2] < num_micro_batches] for order in orders]
+
+
+def cut_front(num_left_out: int, orders: list[list[Op]]) -> list[list[Op]]:
+    """The orders without the first `num_left_out` micro-batches, the others counted from 0."""
+    return [[(kind, s, j - num_left_out) for kind, s, j in order if j >= num_left_out] for order in orders]
 
 
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Draft:

@@ -16,34 +16,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..parallel.actions import Kind
 from .pipeline_check import Limits, validate
 from .pipeline_data import StageCosts
 from .pipeline_draw import grid, summary, svg
+from .pipeline_export import as_json
 from .pipeline_table import as_table, entries
-from .pipeline_timing import Timing, simulate
+from .pipeline_timing import simulate
 from .pipelines import NAMES, schedule
 
-__all__ = ["app", "as_json"]
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Pipeline schedules: draw one, or compare all with what is published.")
-
-
-def as_json(timing: Timing) -> dict[str, object]:
-    """The schedule as plain data: what each rank computes, in order, with its bubble and its peaks.
-
-    An offloading schedule has `copies` too: the full orders, with `SAVE` and `LOAD` where they are issued.
-    """
-    plan = timing.schedule
-    data: dict[str, object] = {
-        "placement": list(plan.placement),
-        "orders": [[str(action) for action in order if action.kind.is_compute] for order in plan.orders],
-        "bubble": round(timing.bubble_s, 9),
-        "peak_activations": list(timing.peak_activations),
-    }
-    if any(action.kind is Kind.SAVE for order in plan.orders for action in order):
-        data["copies"] = [[str(action) for action in order] for order in plan.orders]
-    return data
 
 
 def _command(name: str) -> Callable[..., None]:
