@@ -52,7 +52,7 @@ def run_outcomes(
         grace_s: seconds that the others may go on after one has failed; None: until `timeout_s` is over.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "numba", "pytest"])
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
             context.Process(
