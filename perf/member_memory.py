@@ -1,9 +1,10 @@
-"""The member of the case `memory`: one rank that trains a step while its memory is sampled."""
+"""The member of the case `memory`: one rank that trains a step while the kernel is asked what it holds."""
 
 import gc
-import threading
 
 import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..parallel.kernels import sum_ranks
 from ..runtime.engine import Engine
@@ -15,75 +16,60 @@ from .rank import Rank
 
 __all__ = ["MemoryMember", "build"]
 
-_SAMPLE_EVERY_S = 0.002
-
-
-class _Sampler:
-    """Reads the proportional set size from a thread of its own until it is told to stop; keeps the greatest."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="outgrow-perf-pss", daemon=True)
-
-    def __enter__(self) -> "_Sampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self.peak_bytes = max(self.peak_bytes, proportional_bytes())
-            if self._stop.wait(_SAMPLE_EVERY_S):
-                return
-
 
 class MemoryMember:
-    """Builds model and engine, and reports what they hold."""
+    """Builds model and engine, and reports what they hold.
+
+    The proportional set size is read before every update of a chunk: all gradients of the chunk are summed then, the
+    optimizer's state of earlier steps is there, and activations are gone. The greatest reading of a step counts.
+    """
 
     def __init__(self, rank: Rank, config: str, zero: int) -> None:
         self._rank = rank
         self._batches = random_batches(CONFIGS[config])
-        _touch_libraries()
-        with _Sampler() as sampler:  # its own thread and buffers belong to the start, not to the growth
-            gc.collect()
+        _touch_libraries(rank)
         rank.barrier()
-        self._before_bytes = min(sampler.peak_bytes, proportional_bytes())
+        self._before_bytes = proportional_bytes()
         rank.barrier()
         model = build_gpt(CONFIGS[config])
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._engine = Engine(model, optimizer=adamw, loss=token_loss, zero=zero)
+        self._update_bytes = 0
+        self._hook = register_optimizer_step_pre_hook(self._before_update)
+
+    def _before_update(self, *_: object) -> None:
+        self._update_bytes = max(self._update_bytes, proportional_bytes())
 
     def step(self, index: int) -> Holdings:
-        """One training step, sampled."""
+        """One training step."""
         inputs, targets = (tensor.chunk(self._rank.count)[self._rank.index] for tensor in self._batches(index))
+        self._update_bytes = 0
         self._rank.barrier()
-        with _Sampler() as sampler:
-            self._engine.step((inputs, targets))
+        self._engine.step((inputs, targets))
         statistics = self._engine.statistics()
         return Holdings(
             peak_bytes_by_slot={str(slot): int(size) for slot, size in statistics.peak_bytes_by_slot.items()},
-            pss_bytes=sampler.peak_bytes - self._before_bytes,
+            pss_bytes=self._update_bytes - self._before_bytes,
             num_parameters=self._num_parameters,
             transport=self._engine.transport_name,
         )
 
     def close(self) -> None:
+        self._hook.remove()
         self._engine.close()
 
 
-def _touch_libraries() -> None:
+def _touch_libraries(rank: Rank) -> None:
     """Run every kind of kernel once on a tiny model, so that code and thread pools are resident before the start."""
     model = build_gpt(CONFIGS["tiny"])
     optimizer = adamw(model.parameters())
     inputs, targets = random_batches(CONFIGS["tiny"])(0)
     token_loss(model(inputs), targets).backward()
     optimizer.step()
-    del model, optimizer
     sum_ranks(torch.ones(2, 1024), torch.ones(1024), True)  # loads the compiler's code
+    if rank.count > 1:
+        dist.all_gather_single(torch.empty(rank.count), torch.ones(1))
+    del model, optimizer
     gc.collect()
 
 

@@ -57,8 +57,8 @@ class GPTConfig:
 CONFIGS: dict[str, GPTConfig] = {
     "S": GPTConfig(num_blocks=6, width=512, num_heads=8, num_tokens=8192, length=256, batch_size=8),
     "M": GPTConfig(num_blocks=12, width=768, num_heads=12, num_tokens=32000, length=256, batch_size=8),
-    # Many bytes of state beside few of activations, equal blocks, and a batch that four ranks divide.
-    "memory": GPTConfig(num_blocks=8, width=512, num_heads=8, num_tokens=2048, length=16, batch_size=4),
+    # Many bytes of state beside few of activations, in many small blocks, and a batch that four ranks divide.
+    "memory": GPTConfig(num_blocks=48, width=256, num_heads=4, num_tokens=256, length=4, batch_size=4),
     # A byte-level model that learns enough in a minute on two cores for a curve to have a shape.
     "bytes": GPTConfig(num_blocks=4, width=192, num_heads=6, num_tokens=256, length=128, batch_size=8),
     "tiny": GPTConfig(num_blocks=2, width=16, num_heads=2, num_tokens=32, length=8, batch_size=4),
