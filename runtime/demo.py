@@ -17,6 +17,7 @@ from rich.text import Text
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..memory.budget import Memory, format_bytes
+from ..memory.process import read_process_memory
 from .api import Runtime
 from .demo_model import ByteGPT, StdlibText, byte_loss, generate, warm_then_cool
 from .result import Result
@@ -53,14 +54,14 @@ def run_demo(steps: int, workers: int, storage_path: str | None = None) -> Resul
     )
     model = ByteGPT(context=_CONTEXT)
     model.load_state_dict(result.state_dict())
-    console.print(_table(result, model, _plain_peak_bytes()))
+    console.print(_table(result, model, _measure_plain()))
     text = generate(model, _PROMPT, 240)
     console.print(Panel(Text(text), title="the trained model goes on writing Python", title_align="left"))
     console.print(f"run folder: {result.path}", soft_wrap=True, markup=False, highlight=False)
     return result
 
 
-def _table(result: Result, model: ByteGPT, plain_peak_bytes: int) -> Table:
+def _table(result: Result, model: ByteGPT, plain: tuple[int, int]) -> Table:
     summary, rows = result.summary, result.metrics
     num_last = max(1, len(rows) // 20)
     last_loss = sum(row["loss"] for row in rows[-num_last:]) / num_last
@@ -80,24 +81,33 @@ def _table(result: Result, model: ByteGPT, plain_peak_bytes: int) -> Table:
     table.add_row("model state, one plain process", f"[bold]{format_bytes(plain_state_bytes)}[/]")
     table.add_section()
     for rank, tiers in summary["peak_bytes"].items():
-        peaks = ", ".join(f"{format_bytes(held)} of the {_BUDGET} budget" for held in tiers.values())
-        table.add_row(f"whole process at its peak, worker {rank}", peaks)
-    table.add_row("whole process at its peak, plain PyTorch", f"{format_bytes(plain_peak_bytes)} (measured)")
+        base_bytes = summary["base_bytes"][rank]
+        text = f"{format_bytes(tiers['host'])} of the {_BUDGET} budget; {_beyond(tiers['host'], base_bytes)}"
+        table.add_row(f"whole process, worker {rank}", text)
+    plain_base_bytes, plain_bytes = plain
+    table.add_row(
+        "whole process, plain PyTorch", f"{format_bytes(plain_bytes)}; {_beyond(plain_bytes, plain_base_bytes)}"
+    )
     return table
 
 
-def _plain_peak_bytes() -> int:
-    """Peak resident bytes of a process that trains the same model on the same batches with plain PyTorch."""
+def _beyond(peak_bytes: int, base_bytes: int) -> str:
+    return f"[bold]{format_bytes(peak_bytes - base_bytes)}[/] more than before data and model"
+
+
+def _measure_plain() -> tuple[int, int]:
+    """Resident bytes of a process that trains the same model on the same batches with plain PyTorch: before data and
+    model, and at its peak."""
     environment: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import train_plainly; train_plainly()"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return int(answer.stdout.split()[-1])
+    base_bytes, peak_bytes = answer.stdout.split()[-2:]
+    return int(base_bytes), int(peak_bytes)
 
 
 def train_plainly() -> None:
-    """A few steps of plain PyTorch; writes the process's peak resident bytes to stdout."""
-    from ..memory.process import read_process_memory
-
+    """A few steps of plain PyTorch; writes the process's resident bytes before and at the peak to stdout."""
+    base_bytes = read_process_memory().resident_bytes
     data, model = StdlibText(_CONTEXT), ByteGPT(context=_CONTEXT)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for step in range(_PLAIN_STEPS):
@@ -106,4 +116,4 @@ def train_plainly() -> None:
         byte_loss(model(torch.stack([x for x, _ in samples])), torch.stack([y for _, y in samples])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    sys.stdout.write(f"{read_process_memory().peak_bytes}\n")
+    sys.stdout.write(f"{base_bytes} {read_process_memory().peak_bytes}\n")

@@ -28,12 +28,20 @@ _ECHOES = (
 
 @dataclass(frozen=True)
 class Started:
-    """A rank is ready for its first step. `budget_bytes`: per tier; `num_steps` None: the data's end will tell."""
+    """A rank is ready for its first step.
+
+    Attributes:
+        num_steps: of the whole run; None: the data's end will tell.
+        budget_bytes: per tier.
+        base_bytes: what the process held before the data and the model: Python, torch, Ray.
+        plan: what will run.
+    """
 
     rank: int
     num_ranks: int
     num_steps: int | None
     budget_bytes: Mapping[str, int]
+    base_bytes: int
     plan: Any
 
 

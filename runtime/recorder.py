@@ -43,13 +43,16 @@ class Recorder:
         self.plan: Any = None
         self.peak_bytes: dict[int, dict[str, int]] = {}
         self.state_bytes: dict[int, dict[str, int]] = {}
+        self.base_bytes: dict[int, int] = {}
 
     def send(self, event: Event) -> None:
         """Record one event."""
         match event:
-            case Started(rank=0, plan=plan):
-                self.plan = plan
-                self._folder.write_json("plan.json", plan.to_json())
+            case Started(rank=rank, plan=plan, base_bytes=base_bytes):
+                self.base_bytes[rank] = base_bytes
+                if rank == 0:
+                    self.plan = plan
+                    self._folder.write_json("plan.json", plan.to_json())
             case Rows(rows=rows):
                 self.metrics.extend(rows)
                 self._file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -88,6 +91,7 @@ class Recorder:
             "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows) if rows else None,
             "peak_bytes": {str(rank): peaks for rank, peaks in sorted(self.peak_bytes.items())},
             "state_bytes": {str(rank): slots for rank, slots in sorted(self.state_bytes.items())},
+            "base_bytes": {str(rank): held for rank, held in sorted(self.base_bytes.items())},
             "workers": self._runtime.workers,
             "arguments": self._config.to_json(),
             "started": datetime.fromtimestamp(self._started_s, UTC).isoformat(timespec="seconds"),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..memory.budget import Memory
+from ..memory.process import read_process_memory
 from .config import Job, TrainConfig
 from .data import DataError, Share, Source, open_data
 from .engine import Engine, StepResult
@@ -67,6 +68,7 @@ class _Progress:
 
 def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progress) -> None:
     config = job.config
+    base_bytes = read_process_memory().resident_bytes
     source = open_data(job.data, config, place.rank, place.num_ranks)
     memory = job.memory if job.memory is not None else Memory.detect(place.num_local)
     engine = progress.engine = _engine(job, memory)
@@ -76,6 +78,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
             place.num_ranks,
             num_steps(source, config),
             {"host": memory.host_bytes} if memory.host_bytes else {},
+            base_bytes,
             engine.plan,
         )
     )

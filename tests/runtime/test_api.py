@@ -80,6 +80,7 @@ def test_trains_like_a_plain_loop_and_leaves_a_whole_run_folder(tmp_path):
     assert (summary["status"], summary["loss_first"], summary["loss_last"]) == ("finished", losses[0], losses[-1])
     assert summary["arguments"]["batch_size"] == 12
     assert summary["state_bytes"]["0"]["param"] > 0
+    assert 0 < summary["base_bytes"]["0"] <= summary["peak_bytes"]["0"]["host"]
     row = result.metrics[0]
     assert set(row) == {
         *("step", "epoch", "loss", "tokens_per_s", "grad_norm", "lr", "num_samples", "num_tokens", "step_s"),

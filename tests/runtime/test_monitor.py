@@ -50,5 +50,5 @@ def test_rows_are_sent_at_once_where_no_time_is_given():
 
 
 def test_events_travel():
-    for event in (Started(0, 2, None, {"host": 1}, "plan"), Finished(1, {"traceEvents": []}, {"param": 3})):
+    for event in (Started(0, 2, None, {"host": 1}, 7, "plan"), Finished(1, {"traceEvents": []}, {"param": 3})):
         assert pickle.loads(pickle.dumps(event)) == event

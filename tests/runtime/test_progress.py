@@ -7,8 +7,8 @@ from outgrow.runtime.progress import LiveDisplay
 
 ROW = {"step": 3, "loss": 1.25, "tokens_per_s": 12345.6, "lr": 1e-3, "grad_norm": 0.5, "step_s": 2.0}
 EVENTS = (
-    Started(0, 2, 10, {"host": 2 << 30}, None),
-    Started(1, 2, 10, {"host": 2 << 30}, None),
+    Started(0, 2, 10, {"host": 2 << 30}, 7, None),
+    Started(1, 2, 10, {"host": 2 << 30}, 7, None),
     MemoryHeld(0, 3, {"host": 512 << 20}),
     MemoryHeld(1, 3, {"host": 256 << 20}),
     Rows((ROW,)),
@@ -42,7 +42,7 @@ def test_no_terminal_gets_lines_without_control_codes():
 
 def test_a_run_of_unknown_length_and_a_failure():
     failure = Failure(1, 4, "head", "KeyError", "boom", "", None, False, False)
-    text = shown((Started(0, 1, None, {}, None), Rows((ROW | {"grad_norm": None},)), failure), terminal=True)
+    text = shown((Started(0, 1, None, {}, 7, None), Rows((ROW | {"grad_norm": None},)), failure), terminal=True)
     assert "KeyError (rank 1, step 4, unit head)" in text
     assert "step 3  loss" in text
 
