@@ -60,7 +60,6 @@ def published(name: str, num_ranks: int, num_micro_batches: int, num_chunks: int
         ValueError: a name that no paper has.
     """
     p, m, v = num_ranks, num_micro_batches, num_chunks
-    chain = 2 * p + (3 * (m - 1) + 1) / v - 3 * m  # forwards and input gradients of all stages, then what follows
     interleaved_bubble = max(3 * (p - 1) / v, 3 * p + 3 * (m - 1) / v - 3 * m)
     half = ceil(p / 2)
     group = ceil(m / max(1, m // p)) if m > p else p  # groups of p, or of nearly p where p does not divide m
@@ -75,8 +74,10 @@ def published(name: str, num_ranks: int, num_micro_batches: int, num_chunks: int
         "v-half": Published(3 * (p - 1) / 2, p / 2 + 1),
         "v-min": Published(2 * (p - 1), (p + 4) / 3),
         "dualpipe-v": Published((p - 1) / 2 if m >= 2 * p else None, p + 1 / 2),
-        "gis": Published(max(2 * (p - 1) / v, chain), min(m, p)),
-        "gis-half": Published(max((2 * (p - 1) + (v - 1) * half) / v, chain), p - (v - 1) * (p - half) / v),
+        "gis": Published(2 * (p - 1) / v if m >= p else interleaved_bubble, min(m, p)),
+        "gis-half": Published(
+            (2 * (p - 1) + (v - 1) * half) / v if m >= half else interleaved_bubble, p - (v - 1) * (p - half) / v
+        ),
         "pipeoffload-half": Published(None, (v + 2) / (8 * v) * p + 2 / v),
         "pipeoffload-full": Published(None, 4 / v),
     }

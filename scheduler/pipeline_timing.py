@@ -17,7 +17,7 @@ from operator import itemgetter
 from ..parallel.actions import Action, Kind
 from .pipeline_data import Draft, Op, Schedule, ScheduleError, StageCosts, per_rank
 
-__all__ = ["Score", "Timing", "peak_of", "score_of", "simulate", "times_of"]
+__all__ = ["Score", "Times", "Timing", "peak_of", "score_of", "simulate", "times_of"]
 
 F, B, I, W, R, SAVE, LOAD = Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.SAVE, Kind.LOAD  # noqa: E741
 _NEVER = -1.0
@@ -176,13 +176,14 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     return times
 
 
-def score_of(draft: Draft, costs: StageCosts) -> Score:
-    """(span, makespan, peak) of a draft.
+def score_of(draft: Draft, costs: StageCosts, times: Sequence[Times] | None = None) -> Score:
+    """(span, makespan, peak) of a draft, whose times are worked out unless they are given.
 
     Raises:
         ScheduleError: it cannot run.
     """
-    times = times_of(draft[1], draft[0], costs)
+    if times is None:
+        times = times_of(draft[1], draft[0], costs)
     span_s = makespan_s = peak = 0.0
     for order, rank_times in zip(draft[1], times, strict=True):
         if order:

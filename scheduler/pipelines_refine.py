@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 
 from ..parallel.actions import Kind
 from .pipeline_data import Draft, Op, StageCosts, per_rank
-from .pipeline_timing import score_of, times_of
+from .pipeline_timing import Times, score_of, times_of
 
 __all__ = ["compact", "fill_weights", "refine", "steady_state"]
 
@@ -31,6 +31,14 @@ def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patie
     A W starts when the rank's next F or I would otherwise come later than `patience` times its seconds from now, or has
     no room. None if an order cannot run within the limits.
     """
+    filled = _filled(draft, costs, limits, patience)
+    return filled and filled[0]
+
+
+def _filled(
+    draft: Draft, costs: StageCosts, limits: Sequence[float], patience: float
+) -> tuple[Draft, list[Times]] | None:
+    """The draft of `fill_weights` and its times."""
     placement, orders = draft
     scripts = [[op for op in order if op[0] is not W] for order in orders]
     num_stages, num_ranks = len(placement), len(orders)
@@ -40,6 +48,7 @@ def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patie
     position, used, free_at = [0] * num_ranks, [0.0] * num_ranks, [0.0] * num_ranks
     pending: list[list[Op]] = [[] for _ in range(num_ranks)]
     result: list[list[Op]] = [[] for _ in range(num_ranks)]
+    times: list[Times] = [[] for _ in range(num_ranks)]
     events = [(0.0, rank) for rank in range(num_ranks)]
     while events:
         now, rank = heappop(events)
@@ -83,18 +92,20 @@ def fill_weights(draft: Draft, costs: StageCosts, limits: Sequence[float], patie
             at = ready[following] = end + (comm_s if other != rank else 0.0)
             if other != rank:
                 heappush(events, (at, other))
+        times[rank].append((now, end))
         free_at[rank] = end
         heappush(events, (end, rank))
     if any(len(done) < len(order) for done, order in zip(result, orders, strict=True)):
         return None
-    return placement, result
+    return (placement, result), times
 
 
-def compact(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
+def compact(draft: Draft, costs: StageCosts, limits: Sequence[float], times: list[Times] | None = None) -> Draft:
     """One pass in order of time: each action goes into the earliest gap of its rank that it fits, after its inputs;
-    a forward only where the rank still has room from then on."""
+    a forward only where the rank still has room from then on. `times` are worked out unless they are given."""
     placement, orders = draft
-    times = times_of(orders, placement, costs)
+    if times is None:
+        times = times_of(orders, placement, costs)
     num_stages, comm_s, held = len(placement), costs.comm_s, costs.activations
     line = sorted(
         (start, end, rank, position) for rank, spans in enumerate(times) for position, (start, end) in enumerate(spans)
@@ -160,18 +171,20 @@ def _room_from(begin: float, changes: list[tuple[float, float]], level: float, a
 
 def refine(draft: Draft, costs: StageCosts, limits: Sequence[float]) -> Draft:
     """`compact` and `fill_weights` in turn while that helps; the best draft seen, the given one included."""
-    best, best_score = draft, score_of(draft, costs)
+    times: list[Times] | None = times_of(draft[1], draft[0], costs)
+    best, best_score = draft, score_of(draft, costs, times)
     rounds = _ROUNDS if sum(map(len, draft[1])) < _MANY_ACTIONS else 1
     for _ in range(rounds):
         before = best_score
-        draft = compact(draft, costs, limits)
-        tried = [draft, *(fill_weights(draft, costs, limits, patience) for patience in (1.0, 0.5, 0.0))]
-        for candidate in tried:
-            if candidate is not None and (score := score_of(candidate, costs)) < best_score:
+        draft = compact(draft, costs, limits, times)
+        filled = [_filled(draft, costs, limits, patience) for patience in (1.0, 0.5, 0.0)]
+        tried = [(draft, times_of(draft[1], draft[0], costs)), *(one for one in filled if one is not None)]
+        for candidate, candidate_times in tried:
+            if (score := score_of(candidate, costs, candidate_times)) < best_score:
                 best, best_score = candidate, score
-        if tried[1] is None or not best_score < before:
+        if filled[0] is None or not best_score < before:
             break
-        draft = tried[1]
+        draft, times = filled[0]
     return best
 
 

@@ -65,7 +65,8 @@ def test_compaction_moves_into_gaps_but_not_above_the_limit() -> None:
     placement, orders = zb_h1(2, 3)
     late: Draft = (placement, [sorted(orders[0], key=lambda op: (op[2], op[0] is not F)), orders[1]])
     assert drawn(late, 3)[0] == "F0 . . I0 W0 F1 . . I1 W1 F2 . . I2 W2"
-    assert drawn(compact(late, costs, [2.0] * 2), 3)[0] == "F0 F1 I0 W0 F2 I1 W1 . I2 W2"
+    assert drawn(compact(late, costs, [3.0] * 2), 3)[0] == "F0 F1 F2 I0 W0 I1 W1 . I2 W2"
+    assert drawn(compact(late, costs, [2.0] * 2), 3)[0] == "F0 F1 . I0 W0 I1 W1 F2 . . I2 W2"
     assert drawn(compact(late, costs, [1.0] * 2), 3)[0] == drawn(late, 3)[0]
 
 
