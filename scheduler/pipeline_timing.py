@@ -21,7 +21,7 @@ __all__ = ["Score", "Times", "Timing", "peak_of", "score_of", "simulate", "times
 
 F, B, I, W, R, SAVE, LOAD = Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.SAVE, Kind.LOAD  # noqa: E741
 _NEVER = -1.0
-_kind, _micro_batch = itemgetter(0), itemgetter(2)
+_micro_batch = itemgetter(2)
 #: Starts and ends (seconds) of one rank's operations, in list order.
 Times = list[tuple[float, float]]
 #: (span in seconds, makespan in seconds, peak activations): what searches make small, the first before the others.
@@ -105,10 +105,8 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     forward_end = [_NEVER] * (num_stages * width)
     backward_end = [_NEVER] * (num_stages * width)
     local_end: dict[Op, float] = {}  # R, SAVE and LOAD, which no other rank waits for
-    seconds = {
-        F: costs.forward_s, R: costs.forward_s, I: costs.input_s, W: costs.weight_s,
-        B: tuple(i + w for i, w in zip(costs.input_s, costs.weight_s, strict=True)),
-    }  # fmt: skip
+    input_s, weight_s = costs.input_s, costs.weight_s
+    whole_s = [i + w for i, w in zip(input_s, weight_s, strict=True)]
     forward_s, comm_s = costs.forward_s, costs.comm_s
     times: list[Times] = [[] for _ in orders]
     clock = [0.0] * len(orders)
@@ -152,14 +150,14 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
                     start = arrival
                 if local_end:
                     start = max(start, local_end.get((LOAD, stage, j), start))
-                end = backward_end[cell] = start + seconds[kind][stage]
+                end = backward_end[cell] = start + (input_s if kind is I else whole_s)[stage]
                 if (woken := waiting.pop((False, cell), None)) is not None:
                     runnable.append(woken)
             elif kind is W or kind is R:
                 if (backward_end if kind is W else forward_end)[cell] < 0:
                     break
                 start = max(now, local_end.get((LOAD, stage, j), now)) if local_end else now
-                end = start + seconds[kind][stage]
+                end = start + (weight_s if kind is W else forward_s)[stage]
             else:
                 needed = forward_end[cell] if kind is SAVE else local_end.get((SAVE, stage, j), _NEVER)
                 if needed < 0:
@@ -225,15 +223,17 @@ def _stuck(orders: Sequence[Sequence[Op]], times: list[Times], num_stages: int) 
 def _peak(order: Sequence[Op], times: Times, costs: StageCosts) -> float:
     """Most activations held at once, by time; what ends at a moment is freed before what starts then."""
     held = costs.activations
-    if SAVE not in set(map(_kind, order)):  # by order is by time, and faster
-        level = peak = 0.0
-        for kind, stage, _ in order:
-            if kind is F:
-                level += held[stage]
-                if level > peak:
-                    peak = level
-            elif kind is W or kind is B:
-                level -= held[stage]
+    level = peak = 0.0
+    for kind, stage, _ in order:  # without copies, by order is by time, and faster
+        if kind is F:
+            level += held[stage]
+            if level > peak:
+                peak = level
+        elif kind is W or kind is B:
+            level -= held[stage]
+        elif kind is SAVE:
+            break
+    else:
         return round(peak, 9)
     events: list[tuple[float, int, float]] = []
     for (kind, stage, _), (start, end) in zip(order, times, strict=True):

@@ -44,7 +44,10 @@ def _filled(
     num_stages, num_ranks = len(placement), len(orders)
     held, comm_s = costs.activations, costs.comm_s
     caps = [limit * (1 + _EPSILON) + _EPSILON for limit in limits]
-    ready: dict[Op, float] = {(F, 0, op[2]): 0.0 for order in scripts for op in order}
+    m = 1 + max((op[2] for order in scripts for op in order), default=0)
+    # When the inputs of F and I are there.
+    forward_at = [[0.0 if stage == 0 else _UNKNOWN] * m for stage in range(num_stages)]
+    backward_at = [[_UNKNOWN] * m for _ in range(num_stages)]
     position, used, free_at = [0] * num_ranks, [0.0] * num_ranks, [0.0] * num_ranks
     pending: list[list[Op]] = [[] for _ in range(num_ranks)]
     result: list[list[Op]] = [[] for _ in range(num_ranks)]
@@ -58,9 +61,10 @@ def _filled(
         op = script[position[rank]] if position[rank] < len(script) else None
         arrival = _UNKNOWN
         if op is not None:
-            arrival = ready.get(op, _UNKNOWN)
-            if op[0] is F and used[rank] + held[op[1]] > caps[rank]:
-                arrival = _UNKNOWN
+            if op[0] is I:
+                arrival = backward_at[op[1]][op[2]]
+            elif used[rank] + held[op[1]] <= caps[rank]:
+                arrival = forward_at[op[1]][op[2]]
         if arrival > now + _EPSILON:
             queue = pending[rank]
             if queue and arrival - now >= patience * costs.weight_s[queue[0][1]] - _EPSILON:
@@ -75,21 +79,21 @@ def _filled(
         assert op is not None
         kind, stage, j = op
         result[rank].append(op)
-        following: Op | None = None
+        target, following = forward_at, num_stages  # whose input this makes: a stage, or none
         if kind is W:
             end = now + costs.weight_s[stage]
             used[rank] -= held[stage]
         elif kind is F:
             end = now + costs.forward_s[stage]
             used[rank] += held[stage]
-            following = (F, stage + 1, j) if stage + 1 < num_stages else (I, stage, j)
+            target, following = (forward_at, stage + 1) if stage + 1 < num_stages else (backward_at, stage)
         else:
             end = now + costs.input_s[stage]
             pending[rank].append((W, stage, j))
-            following = (I, stage - 1, j)
-        if following is not None and following[1] >= 0:
-            other = placement[following[1]]
-            at = ready[following] = end + (comm_s if other != rank else 0.0)
+            target, following = backward_at, stage - 1
+        if 0 <= following < num_stages:
+            other = placement[following]
+            at = target[following][j] = end + (comm_s if other != rank else 0.0)
             if other != rank:
                 heappush(events, (at, other))
         times[rank].append((now, end))
@@ -110,7 +114,8 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float], times: lis
     line = sorted(
         (start, end, rank, position) for rank, spans in enumerate(times) for position, (start, end) in enumerate(spans)
     )
-    ends: dict[Op, float] = {}
+    m = 1 + max((op[2] for order in orders for op in order), default=0)
+    forward_end, input_end, weight_end = ([[0.0] * m for _ in placement] for _ in range(3))
     gaps: list[list[tuple[float, float]]] = [[] for _ in orders]
     rank_end = [0.0] * len(orders)
     levels = [0.0] * len(orders)
@@ -120,16 +125,17 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float], times: lis
         op = orders[rank][position]
         kind, stage, j = op
         seconds = old_end - old_start
-        ready = ends.get((kind, stage, j - 1), 0.0) if j else 0.0
+        ends = forward_end if kind is F else input_end if kind is I else weight_end
+        ready = ends[stage][j - 1] if j else 0.0
         if kind is F:
             if stage:
-                ready = max(ready, ends[F, stage - 1, j] + (comm_s if placement[stage - 1] != rank else 0.0))
+                ready = max(ready, forward_end[stage - 1][j] + (comm_s if placement[stage - 1] != rank else 0.0))
         elif kind is W:
-            ready = max(ready, ends[I, stage, j])
+            ready = max(ready, input_end[stage][j])
         else:
-            ready = max(ready, ends[F, stage, j])
+            ready = max(ready, forward_end[stage][j])
             if stage + 1 < num_stages:
-                ready = max(ready, ends[I, stage + 1, j] + (comm_s if placement[stage + 1] != rank else 0.0))
+                ready = max(ready, input_end[stage + 1][j] + (comm_s if placement[stage + 1] != rank else 0.0))
         start = max(ready, rank_end[rank])
         rank_gaps = gaps[rank]
         for number in range(max(0, bisect_left(rank_gaps, (ready,)) - 1), len(rank_gaps)):
@@ -146,7 +152,7 @@ def compact(draft: Draft, costs: StageCosts, limits: Sequence[float], times: lis
             if start - rank_end[rank] > _EPSILON:
                 rank_gaps.append((rank_end[rank], start))
             rank_end[rank] = start + seconds
-        ends[op] = start + seconds
+        ends[stage][j] = start + seconds
         placed[rank].append((start, op))
         if kind is F:
             insort(changes[rank], (start, held[stage]))
