@@ -2,11 +2,8 @@
 
 import gc
 
-import torch
-import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..parallel.kernels import sum_ranks
 from ..runtime.engine import Engine
 from .case_memory import Holdings
 from .members import proportional_bytes
@@ -27,7 +24,7 @@ class MemoryMember:
     def __init__(self, rank: Rank, config: str, zero: int) -> None:
         self._rank = rank
         self._batches = random_batches(CONFIGS[config])
-        _touch_libraries(rank)
+        _touch_libraries(rank, zero)
         rank.barrier()
         self._before_bytes = proportional_bytes()
         rank.barrier()
@@ -59,17 +56,14 @@ class MemoryMember:
         self._engine.close()
 
 
-def _touch_libraries(rank: Rank) -> None:
-    """Run every kind of kernel once on a tiny model, so that code and thread pools are resident before the start."""
-    model = build_gpt(CONFIGS["tiny"])
-    optimizer = adamw(model.parameters())
-    inputs, targets = random_batches(CONFIGS["tiny"])(0)
-    token_loss(model(inputs), targets).backward()
-    optimizer.step()
-    sum_ranks(torch.ones(2, 1024), torch.ones(1024), True)  # loads the compiler's code
-    if rank.count > 1:
-        dist.all_gather_single(torch.empty(rank.count), torch.ones(1))
-    del model, optimizer
+def _touch_libraries(rank: Rank, zero: int) -> None:
+    """Train a tiny model, so that code, thread pools and the interpreter's heap are resident before the start."""
+    config = CONFIGS["tiny"]
+    engine = Engine(build_gpt(config), optimizer=adamw, loss=token_loss, zero=zero)
+    for index in range(2):
+        engine.step(tuple(tensor.chunk(rank.count)[rank.index] for tensor in random_batches(config)(index)))
+    engine.close()
+    del engine
     gc.collect()
 
 
