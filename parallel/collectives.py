@@ -45,13 +45,13 @@ class Transport(ABC):
         """Every rank's `values`: float64 [size, len(values)]. Also a barrier."""
         own = torch.tensor(values, dtype=torch.float64)
         rows = torch.empty(self.size * len(values), dtype=torch.float64)
-        dist.all_gather_into_tensor(rows, own, group=self.group)
+        dist.all_gather_single(rows, own, group=self.group)
         return rows.view(self.size, len(values))
 
     def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
         """Every rank's shard, one after the other: for what is asked for rarely."""
         full = torch.empty(self.size * shard.numel(), dtype=shard.dtype)
-        dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group)
+        dist.all_gather_single(full, shard.contiguous(), group=self.group)
         return full
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ class MessageTransport(Transport):
         return GatheredParameters(num_elems, dtype, self.size, self.rank, self._all_gather, sharded)
 
     def _all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> None:
-        dist.all_gather_into_tensor(full, shard, group=self.group)
+        dist.all_gather_single(full, shard, group=self.group)
 
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:
         self._own = torch.empty(max_elems, dtype=dtype)
@@ -205,12 +205,12 @@ class MessageTransport(Transport):
         received = self._received[:num_elems]
         dist.all_to_all_single(received, own, group=self.group)
         all_flags = torch.empty(self.size * num_fields, dtype=torch.uint8)
-        dist.all_gather_into_tensor(all_flags, flags, group=self.group)
+        dist.all_gather_single(all_flags, flags, group=self.group)
         start, stop = shard_range(num_elems, self.size, self.rank)
         shard = out[start:stop] if whole else out
         squares = sum_ranks(received.view(self.size, stop - start), shard, accumulate)
         if whole:
-            dist.all_gather_into_tensor(out, shard.clone(), group=self.group)
+            dist.all_gather_single(out, shard.clone(), group=self.group)
         return squares, all_flags.view(self.size, num_fields).amax(dim=0)
 
 
