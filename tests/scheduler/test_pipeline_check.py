@@ -136,7 +136,7 @@ def test_limits_refuse_nonsense() -> None:
         Limits(send_buffers=-1)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_mutations_are_refused(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(PATTERNS))

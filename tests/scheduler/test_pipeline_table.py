@@ -24,9 +24,8 @@ def test_four_chunks(p: int) -> None:
     assert [row for row in entries([p], names, num_chunks=4) if not row.is_as_published] == []
 
 
-@pytest.mark.parametrize("p", [2, 4])
-def test_auto_keeps_up_with_the_best(p: int) -> None:
-    assert [row for row in entries([p], ["auto"]) if not row.is_as_published] == []
+def test_auto_keeps_up_with_the_best() -> None:
+    assert [row for row in entries([4], ["auto"]) if not row.is_as_published] == []
 
 
 def test_memory_in_parts_of_one_forward_one_backward() -> None:
