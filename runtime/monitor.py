@@ -68,9 +68,9 @@ class MonitorSink:
         ray.get(self._post())
 
     def _post(self) -> Any:
-        events: list[Event] = [Rows(tuple(self._rows))] if self._rows else []
-        if self._held is not None:
-            events.append(self._held)
+        events: list[Event] = [self._held] if self._held is not None else []
+        if self._rows:
+            events.append(Rows(tuple(self._rows)))
         events += self._others
         self._rows, self._held, self._others = [], None, []
         self._sent_s = time.monotonic()

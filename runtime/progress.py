@@ -44,6 +44,7 @@ class LiveDisplay:
         self._budgets: dict[int, Mapping[str, int]] = {}
         self._held: dict[int, Mapping[str, int]] = {}
         self._row: dict[str, Any] | None = None
+        self._said: dict[str, Any] | None = None
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_steps: int | None = None
         self._began_s = self._said_s = time.monotonic()
@@ -80,11 +81,11 @@ class LiveDisplay:
             self._bar.stop_task(self._task)
             self._live.update(self._render())
             self._live.stop()
-        elif self._row is not None:
+        elif self._row is not None and self._row is not self._said:
             self._say()
 
     def _say(self) -> None:
-        self._said_s = time.monotonic()
+        self._said_s, self._said = time.monotonic(), self._row
         held = ", ".join(f"rank {rank} {_memory_text(peaks)}" for rank, peaks in sorted(self._held.items()))
         self._console.print(f"outgrow: {self._line()} | {held}", highlight=False, soft_wrap=True)
 

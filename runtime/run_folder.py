@@ -34,7 +34,7 @@ class RunFolder:
         storage = os.fspath(storage_path) if storage_path is not None else "runs"
         self._is_far = is_uri(storage)
         if self._is_far:
-            self.storage_path = storage.rstrip("/")
+            self.storage_path = storage.rstrip("/").replace(" ", "%20")
             self.path: Path | str = f"{self.storage_path}/{name}"
             if _far_files(self.path):
                 raise ValueError(f"the run folder {self.path} exists already; give another name= or storage_path=")

@@ -39,7 +39,7 @@ def test_rows_are_bundled_and_only_the_last_memory_is_sent():
     assert monitor.drain() == []
     finished = Finished(0, None, {})
     sink.send(finished)
-    assert monitor.drain() == [Rows(({"step": 1}, {"step": 2})), MemoryHeld(0, 2, {"host": 6}), finished]
+    assert monitor.drain() == [MemoryHeld(0, 2, {"host": 6}), Rows(({"step": 1}, {"step": 2})), finished]
 
 
 def test_rows_are_sent_at_once_where_no_time_is_given():

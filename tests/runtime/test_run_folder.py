@@ -41,6 +41,13 @@ def test_a_far_folder_is_staged_and_brought_home(tmp_path):
         assert path.read_text() == "{}"
 
 
+def test_a_uri_may_hold_spaces(tmp_path):
+    folder = RunFolder(f"file://{tmp_path}/far runs", "run")
+    folder.write_json("plan.json", "{}")
+    folder.finish()
+    assert (tmp_path / "far runs" / "run" / "plan.json").exists()
+
+
 def test_weights_go_straight_to_a_local_folder_and_by_copy_to_a_far_one(tmp_path):
     with weights_target(str(tmp_path)) as path:
         assert path == tmp_path / "model.safetensors"
