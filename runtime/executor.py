@@ -48,7 +48,8 @@ class Executor:
         self._step = 0
         self._done = bytearray()
         self._num_done = 0
-        self._idle: set[Lane] = set()
+        self._idle: set[Lane] = set()  # done with the step that runs
+        self._inside: set[Lane] = set()  # not yet out of a step, perhaps an aborted one
         self._failure: BaseException | None = None
         self._closed = False
         self._cursor = 0
@@ -78,9 +79,19 @@ class Executor:
         return self._program is not None
 
     def begin(self, program: Program) -> None:
-        """Start a step: the lanes other than `compute` set off at once."""
+        """Start a step: the lanes other than `compute` set off at once. Waits until they have left an aborted step.
+
+        Raises:
+            LaneTimeout: they do not leave it.
+        """
         assert self._program is None, "a step is running already"
         assert not self._closed, "this executor is closed"
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._inside, self._deadline_s):
+                lanes = ", ".join(sorted(self._inside))
+                raise LaneTimeout(
+                    f"a step cannot begin: {lanes} did not leave the aborted one within {self._deadline_s:g} s"
+                )
         for lane in program.by_lane:
             if lane is not Lane.COMPUTE and lane not in self._threads:
                 thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
@@ -163,7 +174,7 @@ class Executor:
                 raise OutOfOrder(f"the program has {found} next, but the model's step is over")
             self._pass(position)
         with self._changed:
-            self._wait(lambda: len(self._idle) > len(self._threads_of(program)), "the end of the step")
+            self._wait(lambda: self._idle >= program.by_lane.keys(), "the end of the step")
             self._program = None
         return Timeline(tuple(sorted(self._spans, key=lambda span: span.start_s)))
 
@@ -194,9 +205,6 @@ class Executor:
         assert self._program is not None, "no step is running"
         return self._program
 
-    def _threads_of(self, program: Program) -> list[Lane]:
-        return [lane for lane in program.by_lane if lane is not Lane.COMPUTE]
-
     def _finish_current(self) -> None:
         if self._current is not None:
             position, self._current = self._current, None
@@ -204,8 +212,7 @@ class Executor:
 
     def _pass(self, position: int) -> None:
         """Do an instruction of the compute lane here and now; compute actions have nothing left to do."""
-        assert self._program is not None
-        action = self._program.instructions[position].action
+        action = self._running_program().instructions[position].action
         self._wait_for(position)
         self._cursor += 1
         if action.kind.is_compute:
@@ -216,8 +223,7 @@ class Executor:
             self._mark_done(Lane.COMPUTE, position, started)
 
     def _mark_done(self, lane: Lane, position: int, start_s: float | None) -> None:
-        program = self._program
-        assert program is not None
+        program = self._running_program()  # another lane may have failed meanwhile
         if start_s is not None:
             instruction = program.instructions[position]
             end_s = self._clock() - self._start_s
@@ -273,27 +279,31 @@ class Executor:
                 if self._closed:
                     return
                 program, seen = self._program, self._step
+                self._inside.add(lane)
             assert program is not None
             try:
-                self._run_lane_step(lane, program, seen)
+                self._run_lane_step(lane, program)
             except BaseException as error:
                 if error is not self._failure:  # else: released from a wait by another lane's failure
                     error.add_note(f"on lane {lane}:\n{''.join(traceback.format_tb(error.__traceback__))}")
                     self.abort(error)
+            with self._changed:
+                self._inside.remove(lane)
+                self._changed.notify_all()
 
-    def _run_lane_step(self, lane: Lane, program: Program, step: int) -> None:
+    def _run_lane_step(self, lane: Lane, program: Program) -> None:
         for position in program.by_lane.get(lane, ()):
             with self._changed:
-                if self._step != step or self._program is not program:
-                    return  # aborted
+                if self._program is None:
+                    return  # aborted; no other step begins before this lane is out
                 instruction = program.instructions[position]
                 self._wait(lambda i=instruction: all(self._done[before] for before in i.after), str(instruction.action))
             started = self._clock()
             self._handlers[instruction.action.kind](instruction.action)
             with self._changed:
-                if self._program is not program:
+                if self._program is None:
                     return
-            self._mark_done(lane, position, started)
+                self._mark_done(lane, position, started)
         with self._changed:
             self._idle.add(lane)
             self._changed.notify_all()
