@@ -4,6 +4,7 @@ Owns the order of things: data, model, engine, steps, callbacks, weights. It doe
 (`engine.py`), which rows are a rank's (`data.py`), nor processes (`cluster.py`).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -198,8 +199,6 @@ def train_on_ray(config: Mapping[str, Any]) -> None:
     Args:
         config: `job` (a reference to the Job), `monitor` (the actor), `run_path`, `num_threads`, `data_in_ray`.
     """
-    import dataclasses
-
     import ray
     import ray.train
 
@@ -216,6 +215,10 @@ def train_on_ray(config: Mapping[str, Any]) -> None:
         job: Job = ray.get(config["job"][0])
         if config["data_in_ray"]:
             job = dataclasses.replace(job, data=ray.train.get_dataset_shard("train"))
+    except Exception as error:  # what travelled here cannot be unpacked: a module is missing on this machine, say
+        sink.send(Failure.of(error, place.rank, 0))
+        raise RankFailed(f"rank {place.rank} could not unpack its job: {type(error).__name__}") from None
+    try:
         train_rank(job, place, sink, config["run_path"])
     except Exception as error:
         # The monitor has the failure with all that is known; Ray Train only has to know that there is one.
