@@ -53,6 +53,7 @@ def schedule(
     costs: StageCosts | None = None,
     memory_limit: float | None = None,
     chunks: int | None = None,
+    barrier: bool = False,
 ) -> Schedule:
     """A schedule.
 
@@ -65,6 +66,8 @@ def schedule(
         memory_limit: most activations that any rank may hold, in the unit of `costs.activations` (without costs: of one
             micro-batch on the p-th part of the model).
         chunks: stages on each rank of a loop; 2 when None.
+        barrier: steps end at a barrier, such as a global gradient norm: `auto` makes the time from the first start to
+            the last end of all ranks short, else the longest time between a rank's own first start and last end.
 
     Raises:
         ValueError: an unknown name, numbers below 1, chunks for a schedule that has a fixed number of them, or costs of
@@ -80,9 +83,8 @@ def schedule(
         raise ValueError(f"{name} has {fixed} chunks per rank, not {chunks}; chunks are for {', '.join(LOOP_NAMES)}")
     base = costs or StageCosts.equal(stages)
     if name == "auto":
-        return from_draft(
-            name, auto(stages, micro_batches, base, memory_limit, chunks or 2, named_draft), micro_batches
-        )
+        draft = auto(stages, micro_batches, base, memory_limit, chunks or 2, named_draft, barrier)
+        return from_draft(name, draft, micro_batches)
     draft, stage_costs = named_draft(name, stages, micro_batches, base, chunks or 2, memory_limit)
     result = from_draft(name, draft, micro_batches)
     if memory_limit is not None:

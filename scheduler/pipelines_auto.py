@@ -3,8 +3,8 @@
 Owns the search. Candidates are all named schedules, list schedules under several rules on every placement that the
 costs describe, orders of named schedules that would need too much memory followed as far as the limit allows, and
 building blocks packed for the measured times; the best few are refined. Best is the shortest span, then makespan, then
-peak, so `auto` is never longer than the best named schedule that fits. Deterministic: the effort is counted in actions,
-not in time.
+peak (makespan first where steps end at a barrier), so `auto` is never longer than the best named schedule that fits.
+Deterministic: the effort is counted in actions, not in time.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +36,7 @@ def auto(
     limit: float | None,
     num_chunks: int,
     named: _Named,
+    barrier: bool = False,
 ) -> Draft:
     """The best draft found.
 
@@ -45,6 +46,7 @@ def auto(
         limit: most activations of any rank, in the unit of `base`; none when None.
         num_chunks: of loops.
         named: makes a named draft and the costs of its stages.
+        barrier: the shortest makespan is best, then span; else the other way round.
 
     Raises:
         ScheduleError: nothing fits the limit; says what the least is.
@@ -59,8 +61,8 @@ def auto(
         nonlocal least
         if draft is None:
             return
-        key = score_of(draft, costs)
-        peak = key[2]
+        span_s, makespan_s, peak = score_of(draft, costs)
+        key = (makespan_s, span_s, peak) if barrier else (span_s, makespan_s, peak)
         least = min(least, peak)
         if limit is None or peak <= limit * (1 + _TOLERANCE):
             found.append((key, len(found), draft, costs))

@@ -44,12 +44,13 @@ def _command(name: str) -> Callable[..., None]:
         memory_limit: Annotated[
             float | None, typer.Option(help="Most activations of a rank, in micro-batches of one rank's part.")
         ] = None,
+        barrier: Annotated[bool, typer.Option(help="Steps end at a barrier; matters to auto.")] = False,
         svg_file: Annotated[Path | None, typer.Option("--svg", help="Write a picture there.")] = None,
         as_data: Annotated[bool, typer.Option("--json", help="Print the schedule as JSON and nothing else.")] = False,
     ) -> None:
         try:
             costs = StageCosts.equal(stages, *(times or (1.0, 1.0, 1.0)), comm_s=comm) if stages > 0 else None
-            plan = schedule(name, stages, micro_batches, costs, memory_limit, chunks)
+            plan = schedule(name, stages, micro_batches, costs, memory_limit, chunks, barrier)
             timing = simulate(plan, costs)
             validate(plan, Limits(memory_limit, costs))
         except ValueError as error:

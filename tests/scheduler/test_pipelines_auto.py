@@ -64,6 +64,13 @@ def test_more_memory_is_never_slower() -> None:
     assert bubbles[-1] < 0.6
 
 
+def test_with_a_barrier_the_makespan_counts() -> None:
+    costs = StageCosts.equal(4, 1.0, 1.2, 0.8)
+    names = [name for name in NAMES if name != "auto"]
+    best_s = min(simulate(schedule(name, 4, 9, costs), costs).makespan_s for name in names)
+    assert simulate(schedule("auto", 4, 9, costs, barrier=True), costs).makespan_s <= best_s + 1e-6
+
+
 def test_it_is_the_same_every_time() -> None:
     costs = StageCosts.equal(4, 1.0, 1.3, 0.7)
     assert schedule("auto", 4, 10, costs, 3.0) == schedule("auto", 4, 10, costs, 3.0)
