@@ -3,7 +3,7 @@
 Owns the conventions for dicts, tuples and tensors. Does not own where batches come from (`runtime/data.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def num_samples(batch: Any) -> int:
     """
     if batch is None:
         return 0
-    lengths = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
+    lengths = {leaf.shape[0] for leaf in _leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
     if not lengths:
         raise ValueError(
             f"a batch of type {type(batch).__name__} holds no tensor with a first dimension to count samples by"
@@ -35,11 +35,21 @@ def num_samples(batch: Any) -> int:
 
 
 def num_tokens(batch: Any) -> int:
-    """Elements of the batch's first tensor of integers (token ids), or its samples where there is none of two dimensions."""
-    for leaf in tree_leaves(batch):
+    """Elements of the batch's first tensor of integers of two dimensions or more (token ids), or else its samples."""
+    for leaf in _leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and not leaf.is_floating_point():
             return leaf.numel()
     return num_samples(batch)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """All that lies in a structure, mappings included that torch's trees do not know (what tokenizers return)."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Mapping):
+            for item in leaf.values():
+                yield from _leaves(item)
+        else:
+            yield leaf
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
@@ -68,7 +78,7 @@ def _take(value: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_take(item, start, stop, total) for item in value))
     if isinstance(value, (list, tuple)):
-        if len(value) == total and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+        if len(value) == total and not any(isinstance(leaf, torch.Tensor) for leaf in _leaves(value)):
             return value[start:stop]
         return type(value)(_take(item, start, stop, total) for item in value)
     return value
@@ -85,8 +95,8 @@ def call_model(model: nn.Module, batch: Any, has_loss: bool) -> Any:
 
 
 def call_loss(loss: Loss | None, output: Any, batch: Any) -> torch.Tensor:
-    """The scalar to minimise: `loss(output, batch[-1])` for tuples, `loss(output, batch)` for others; without a loss the
-    output itself, or its `.loss`, or its item "loss".
+    """The scalar to minimise: `loss(output, batch[-1])` for tuples, `loss(output, batch)` for others; without a loss
+    the output itself, or its `.loss`, or its item "loss".
 
     Raises:
         ValueError: what came out is no scalar tensor.
@@ -108,6 +118,10 @@ def call_loss(loss: Loss | None, output: Any, batch: Any) -> torch.Tensor:
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """Every floating tensor of a structure, as `dtype`."""
-    return tree_map(
-        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, value
-    )
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):  # one that torch's trees do not know
+            return type(leaf)({key: cast_floats(item, dtype) for key, item in leaf.items()})  # pyright: ignore[reportCallIssue]
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(cast, value)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..memory.chunk import ALIGN_BYTES
+
 __all__ = ["OptimizerFactory", "PiecewiseOptimizer", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -103,22 +105,28 @@ class PiecewiseOptimizer:
         return sizes
 
     def _refuse_whole_matrix(self) -> None:
-        """Update a small matrix whole and in pieces, beside another parameter and alone: the bits must not differ."""
+        """Update a small matrix whole and in pieces, beside another parameter and alone: the bits must not differ.
+
+        It is cut in the middle of a row, and where chunks are cut: at multiples of ALIGN_BYTES. (Elsewhere fused
+        kernels round differently, as they treat what fills no whole vector apart.)
+        """
         name = type(self.optimizer).__name__
         why = (
-            f"{name} is refused: its update of a parameter depends on how the parameter is cut, or on other parameters, "
-            "so sharding it would change the result; use an element-wise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...)"
+            f"{name} is refused: its update of a parameter depends on how the parameter is cut, or on other "
+            "parameters, so sharding it would change the result; use an element-wise optimizer "
+            "(SGD, Adam, AdamW, RMSprop, Adagrad, ...)"
         )
         generator = torch.Generator().manual_seed(0)
-        value = torch.randn(24, 16, generator=generator)
-        gradients = [torch.randn(24, 16, generator=generator) for _ in range(3)]
+        value = torch.randn(21, 23, generator=generator)
+        gradients = [torch.randn(21, 23, generator=generator) for _ in range(3)]
+        border = 7 * ALIGN_BYTES // value.itemsize
         for number, group in enumerate(self.optimizer.param_groups):
             if not group["params"]:
                 continue
             try:
                 whole = self._probe(number, [value.clone(), value.clone() + 1], [[g, g * 2] for g in gradients])[0]
-                cut = [value.reshape(-1)[:100].clone(), value.reshape(-1)[100:].clone()]
-                flat = [[g.reshape(-1)[:100], g.reshape(-1)[100:]] for g in gradients]
+                cut = [value.reshape(-1)[:border].clone(), value.reshape(-1)[border:].clone()]
+                flat = [[g.reshape(-1)[:border], g.reshape(-1)[border:]] for g in gradients]
                 pieces = [self._probe(number, [cut[part]], [[g[part]] for g in flat])[0] for part in range(len(cut))]
             except Exception as error:
                 raise ValueError(f"{why} ({type(error).__name__}: {error})") from error

@@ -26,8 +26,14 @@ _DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -108,10 +114,15 @@ def write_safetensors(
     Args:
         tensors: name -> dtype and shape, known before any value.
         value_of: name -> the tensor, asked for once, in the order of `tensors`.
+
+    Raises:
+        ValueError: a dtype that the format does not have; nothing is written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in tensors.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} is {dtype}, which safetensors files cannot hold; give the model another dtype")
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         offset += num_bytes
