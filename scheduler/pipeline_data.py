@@ -70,7 +70,7 @@ class StageCosts:
     Attributes:
         forward_s, input_s, weight_s: seconds of F, I and W; B takes input_s + weight_s.
         activations: what F leaves on the device until the end of W or B, in any unit (bytes, or the tables' unit).
-        copy_s: seconds to copy the activations away, or back, one way.
+        copy_s: seconds to copy the activations away, or back, one way; None where nobody has measured them.
         comm_s: seconds between the end of an action and its use on another rank.
 
     Raises:
@@ -81,11 +81,12 @@ class StageCosts:
     input_s: tuple[float, ...]
     weight_s: tuple[float, ...]
     activations: tuple[float, ...]
-    copy_s: tuple[float, ...]
+    copy_s: tuple[float, ...] | None = None
     comm_s: float = 0.0
 
     def __post_init__(self) -> None:
-        columns = (self.forward_s, self.input_s, self.weight_s, self.activations, self.copy_s)
+        columns = [self.forward_s, self.input_s, self.weight_s, self.activations]
+        columns += [self.copy_s] if self.copy_s is not None else []
         if len({len(column) for column in columns}) != 1 or not self.forward_s:
             raise ValueError(f"costs need one entry per stage in each column, got {[len(c) for c in columns]} entries")
         if min(self.comm_s, *(min(column) for column in columns)) < 0:
@@ -101,26 +102,30 @@ class StageCosts:
         copy_s: Sequence[float] | None = None,
         comm_s: float = 0.0,
     ) -> "StageCosts":
-        """Costs from lists. Activations count 1 for each stage unless given. A copy takes a quarter of the stage's
-        three computations unless given: both ways together then take half of them, so that all of it can be hidden.
-        """
-        total_s = [f + i + w for f, i, w in zip(forward_s, input_s, weight_s, strict=True)]
+        """Costs from lists. Activations count 1 for each stage unless given."""
         return cls(
             tuple(map(float, forward_s)),
             tuple(map(float, input_s)),
             tuple(map(float, weight_s)),
-            tuple(map(float, activations)) if activations is not None else (1.0,) * len(total_s),
-            tuple(map(float, copy_s)) if copy_s is not None else tuple(t / 4 for t in total_s),
+            tuple(map(float, activations)) if activations is not None else (1.0,) * len(forward_s),
+            tuple(map(float, copy_s)) if copy_s is not None else None,
             float(comm_s),
         )
 
     @classmethod
     def equal(
-        cls, num_ranks: int, forward_s: float = 1.0, input_s: float = 1.0, weight_s: float = 1.0, comm_s: float = 0.0
+        cls,
+        num_ranks: int,
+        forward_s: float = 1.0,
+        input_s: float = 1.0,
+        weight_s: float = 1.0,
+        comm_s: float = 0.0,
+        copy_s: float | None = None,
     ) -> "StageCosts":
         """The same seconds for every p-th part of the model: the unit of the tables when all are 1."""
         p = num_ranks
-        return cls.of_stages([forward_s] * p, [input_s] * p, [weight_s] * p, comm_s=comm_s)
+        copies = None if copy_s is None else [copy_s] * p
+        return cls.of_stages([forward_s] * p, [input_s] * p, [weight_s] * p, copy_s=copies, comm_s=comm_s)
 
     @property
     def num_stages(self) -> int:
@@ -130,6 +135,11 @@ class StageCosts:
     def total_s(self) -> tuple[float, ...]:
         """F + I + W of each stage."""
         return tuple(f + i + w for f, i, w in zip(self.forward_s, self.input_s, self.weight_s, strict=True))
+
+    @property
+    def copying_s(self) -> tuple[float, ...]:
+        """`copy_s`; where unknown, a quarter of F + I + W, so that both ways together can be hidden behind it."""
+        return self.copy_s if self.copy_s is not None else tuple(total / 4 for total in self.total_s)
 
     def split(self, num_stages: int) -> "StageCosts":
         """The costs of the same model in `num_stages` stages, each old stage cut into equal ones.
@@ -155,7 +165,7 @@ class StageCosts:
             input_s=cut(self.input_s),
             weight_s=cut(self.weight_s),
             activations=cut(self.activations),
-            copy_s=cut(self.copy_s),
+            copy_s=cut(self.copy_s) if self.copy_s is not None else None,
         )
 
 

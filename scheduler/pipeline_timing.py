@@ -107,7 +107,7 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     local_end: dict[Op, float] = {}  # R, SAVE and LOAD, which no other rank waits for
     input_s, weight_s = costs.input_s, costs.weight_s
     whole_s = [i + w for i, w in zip(input_s, weight_s, strict=True)]
-    forward_s, comm_s = costs.forward_s, costs.comm_s
+    forward_s, comm_s, copying_s = costs.forward_s, costs.comm_s, costs.copying_s
     times: list[Times] = [[] for _ in orders]
     clock = [0.0] * len(orders)
     copy_free = [0.0] * len(orders)
@@ -163,7 +163,7 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
                 if needed < 0:
                     break
                 start = max(now, needed, copy_free[rank])
-                end = copy_free[rank] = local_end[op] = start + costs.copy_s[stage]
+                end = copy_free[rank] = local_end[op] = start + copying_s[stage]
                 done.append((start, end))
                 continue
             done.append((start, end))

@@ -1,10 +1,10 @@
 """`auto`: the best schedule that can be found for measured costs under a memory limit.
 
 Owns the search. Candidates are all named schedules, list schedules under several rules on every placement that the
-costs describe, orders of named schedules that would need too much memory followed as far as the limit allows, and
-building blocks packed for the measured times; the best few are refined. Best is the shortest span, then makespan, then
-peak (makespan first where steps end at a barrier), so `auto` is never longer than the best named schedule that fits.
-Deterministic: the effort is counted in actions, not in time.
+costs describe, schedules that would need too much memory followed as far as the limit allows (or, where the time of a
+copy was measured, with activations copied away), and building blocks packed for the measured times; the best few are
+refined. Best is the shortest span, then makespan, then peak (makespan first where steps end at a barrier), so `auto` is
+never longer than the best named schedule that fits. Deterministic: the effort is counted in actions, not in time.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from ..parallel.actions import Kind
 from .pipeline_data import Draft, Op, ScheduleError, StageCosts, loop, vee
 from .pipeline_timing import Score, peak_of, score_of, times_of
 from .pipelines_list import Rules, list_schedule
+from .pipelines_offload import pipeoffload
 from .pipelines_refine import refine, steady_state
 
 __all__ = ["auto"]
@@ -25,6 +26,7 @@ _NAMED = (
 #: What the greedy passes of one search may place, all together: about a second.
 _MOST_ACTIONS = 60_000
 _NUM_REFINED = 3
+_NUM_OFFLOADED = 8
 _TOLERANCE = 1e-6
 _Named = Callable[[str, int, int, StageCosts, int, float | None], tuple[Draft, StageCosts]]
 
@@ -97,6 +99,11 @@ def auto(
         if placement == vee(p):
             offer(steady_state(placement, m, costs), costs)
     if limit is not None:
+        # `sorted` makes a copy: what is offered below may be too large again.
+        for _, draft, costs in sorted(too_large, key=lambda item: item[0])[:_NUM_OFFLOADED]:
+            if costs.copy_s is not None and not any(op[0] is Kind.SAVE for order in draft[1] for op in order):
+                for num_offloaded in range(1, len(draft[0]) // p + 1):
+                    offer(pipeoffload(draft, num_offloaded, costs), costs)
         for _, draft, costs in sorted(too_large, key=lambda item: item[0])[:_NUM_REFINED]:
             if not any(op[0] in (Kind.SAVE, Kind.B) for order in draft[1] for op in order):
                 offer(_followed(draft, m, costs, limit), costs)

@@ -81,7 +81,7 @@ def pipeoffload(draft: Draft, num_offloaded: int, costs: StageCosts) -> Draft:
     times = times_of(orders, placement, costs)
     local = [[s for s, r in enumerate(placement) if r == rank] for rank in range(len(orders))]
     result = [
-        _with_copies(order, rank_times, frozenset(stages[:num_offloaded]), costs.copy_s)
+        _with_copies(order, rank_times, frozenset(stages[:num_offloaded]), costs.copying_s)
         for order, rank_times, stages in zip(orders, times, local, strict=True)
     ]
     return placement, result

@@ -41,6 +41,9 @@ def _command(name: str) -> Callable[..., None]:
             typer.Option(help="Seconds of F, I and W for the part of the model on one rank.", metavar="F I W"),
         ] = None,
         comm: Annotated[float, typer.Option(help="Seconds from one rank to the next.")] = 0.0,
+        copy: Annotated[
+            float | None, typer.Option(help="Seconds to copy the activations of one rank's part away, one way.")
+        ] = None,
         memory_limit: Annotated[
             float | None, typer.Option(help="Most activations of a rank, in micro-batches of one rank's part.")
         ] = None,
@@ -49,7 +52,7 @@ def _command(name: str) -> Callable[..., None]:
         as_data: Annotated[bool, typer.Option("--json", help="Print the schedule as JSON and nothing else.")] = False,
     ) -> None:
         try:
-            costs = StageCosts.equal(stages, *(times or (1.0, 1.0, 1.0)), comm_s=comm) if stages > 0 else None
+            costs = StageCosts.equal(max(stages, 1), *(times or (1.0, 1.0, 1.0)), comm_s=comm, copy_s=copy)
             plan = schedule(name, stages, micro_batches, costs, memory_limit, chunks, barrier)
             timing = simulate(plan, costs)
             validate(plan, Limits(memory_limit, costs))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outgrow.parallel.actions import Kind
 from outgrow.scheduler.pipeline_check import Limits, validate
 from outgrow.scheduler.pipeline_data import ScheduleError, StageCosts
 from outgrow.scheduler.pipeline_timing import simulate
@@ -69,6 +70,16 @@ def test_with_a_barrier_the_makespan_counts() -> None:
     names = [name for name in NAMES if name != "auto"]
     best_s = min(simulate(schedule(name, 4, 9, costs), costs).makespan_s for name in names)
     assert simulate(schedule("auto", 4, 9, costs, barrier=True), costs).makespan_s <= best_s + 1e-6
+
+
+def test_copies_buy_memory_where_their_time_is_known() -> None:
+    known, unknown = StageCosts.equal(8, copy_s=0.75), StageCosts.equal(8)
+    plan = schedule("auto", 8, 16, known, memory_limit=4.0)
+    validate(plan, Limits(4.0, known))
+    assert any(action.kind is Kind.SAVE for order in plan.orders for action in order)
+    assert simulate(plan, known).bubble_s <= 3.5 + 1e-6
+    kept = schedule("auto", 8, 16, unknown, memory_limit=6.0)
+    assert not any(action.kind is Kind.SAVE for order in kept.orders for action in order)
 
 
 def test_it_is_the_same_every_time() -> None:

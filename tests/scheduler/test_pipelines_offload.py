@@ -47,7 +47,7 @@ def test_a_slow_link_copies_less_and_stays_valid() -> None:
     base = StageCosts.equal(4)
     numbers = []
     for factor in (0.25, 1.0, 4.0, 40.0):
-        costs = replace(base, copy_s=tuple(3 * factor for _ in base.copy_s))
+        costs = replace(base, copy_s=tuple(3 * factor for _ in base.forward_s))
         plan = schedule("pipeoffload-full", 4, 8, costs)
         validate(plan)
         numbers.append(len(copies(plan)))
