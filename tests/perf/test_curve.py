@@ -1,18 +1,32 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from outgrow.perf.contestants import Contestant
 from outgrow.perf.curve import CONTESTANTS, draw, train_both
+from outgrow.perf.rank import Rank
 
 
-def test_curves_hold_every_step_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.perf.curve._STEPS_PER_TURN", 2)
-    plain = Contestant("plain", ".peers:plain", arguments={"config": "tiny"})
-    stepwise = train_both(5, contestants=[plain])
-    monkeypatch.setattr("outgrow.perf.curve._STEPS_PER_TURN", 20)
-    assert train_both(5, contestants=[plain]) == stepwise
-    assert len(set(stepwise["plain"])) == len(stepwise["plain"]) == 5
+class Counter:
+    """Its loss is the number of the step."""
+
+    def steps(self, first: int, count: int) -> list[float]:
+        return [float(step) for step in range(first, first + count)]
+
+    def close(self) -> None:
+        pass
+
+
+def counter(rank: Rank) -> Counter:
+    return Counter()
+
+
+def test_curves_hold_every_step_once_and_in_order() -> None:
+    here = {"PYTHONPATH": os.path.dirname(__file__)}
+    contestants = [Contestant(name, "test_curve:counter", environment=here) for name in ("a", "b")]
+    expected = [float(step) for step in range(45)]
+    assert train_both(45, contestants=contestants) == {"a": expected, "b": expected}
 
 
 def test_both_train_on_the_same_text_and_model() -> None:
