@@ -52,6 +52,14 @@ def test_the_library_reads_what_was_written(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights.safetensors"], "nothing unfinished is left"
 
 
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "abcd", "abcde"])
+def test_values_start_at_a_multiple_of_8_bytes(tmp_path, name):
+    write(tmp_path / "w", {name: torch.ones(3)})
+    content = (tmp_path / "w").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+    assert len(content) % 8 == 3 * 4 % 8
+
+
 def test_values_are_asked_for_once_in_order_and_cast_to_the_dtype_announced(tmp_path):
     asked: list[str] = []
 
