@@ -24,9 +24,9 @@ _NAMED = (
     "pipeoffload-half", "pipeoffload-full", "looped-bfs", "gpipe",
 )  # fmt: skip
 #: What the greedy passes of one search may place, all together: about a second.
-_MOST_ACTIONS = 60_000
-_NUM_REFINED = 3
-_NUM_OFFLOADED = 8
+_MOST_ACTIONS = 40_000
+_NUM_REFINED = 2
+_NUM_OFFLOADED = 5
 _TOLERANCE = 1e-6
 _Named = Callable[[str, int, int, StageCosts, int, float | None], tuple[Draft, StageCosts]]
 
