@@ -24,7 +24,7 @@ class ProcessMemory:
 
 
 def read_process_memory() -> ProcessMemory:
-    """Resident set, its high-water mark and shared pages, as the kernel counts them (`psutil` where there is no /proc)."""
+    """Resident set, its high-water mark and shared pages, as the kernel counts them (by `psutil` without /proc)."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:

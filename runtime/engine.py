@@ -10,24 +10,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.budget import Memory, format_bytes
-from ..memory.errors import DoesNotFit, NotFinite
-from ..memory.process import peak_host_bytes, read_process_memory, reset_peak
+from ..memory.budget import Memory
+from ..memory.errors import NotFinite
+from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
-from ..parallel.collectives import Transport, open_transport
-from ..parallel.units import assign_chunks, find_units, named_trainable
+from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
 from ..scheduler.passes import compile_program
 from ..scheduler.plan import plan_for_zero
 from ..scheduler.program import ChunkUse, Program, StepShape, UnitUse
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, call_loss, call_model, cast_floats, num_samples, num_tokens, split_batch
+from .engine_checks import check_arguments, check_fit
 from .executor import Executor
 from .model_state import ModelState
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
@@ -35,6 +35,9 @@ from .precision import cast_buffers, compute_dtypes
 from .saved_tensors import saved_by_place
 from .unit_hooks import UnitHooks
 from .weights import full_state_dict, write_weights
+
+if TYPE_CHECKING:
+    from ..parallel.collectives import Transport
 
 __all__ = ["Engine", "Statistics", "StepResult"]
 
@@ -118,7 +121,7 @@ class Engine:
         units: Sequence[str] | None = None,
         transport: str | None = None,
     ) -> None:
-        _check(model, micro_batches, clip_grad_norm)
+        check_arguments(model, micro_batches, clip_grad_norm)
         self.model = model
         self._loss = loss
         self._custom_forward = forward
@@ -131,9 +134,9 @@ class Engine:
         clips = clip_grad_norm is not None
         self.plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
-        self.transport: Transport | None = open_transport(kind=transport) if ranks > 1 else None
+        self.transport = _transport(transport) if ranks > 1 else None
         self.memory = memory or Memory.detect(ranks)
-        self._check_fit()
+        check_fit(model, self._layouts, self.plan, self.memory)
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.state = ModelState(model, self._layouts, self.plan, self._optimizer, self.transport, clip_grad_norm)
         cast_buffers(model, precision)
@@ -147,7 +150,8 @@ class Engine:
                 Kind.STEP: self.state.step,
             }
         )
-        self._hooks = UnitHooks(self._units, self._executor, (seed, self.rank), self._input_dtype)
+        self._seed = seed
+        self._hooks = self._install_hooks()
         self._trace: Trace | None = None
         self._program: Program | None = None
         self._peak_slots: dict[str, int] = {}
@@ -330,6 +334,11 @@ class Engine:
         needs_weights = self.state.drops_copies  # a model that cannot run on meta tensors runs for real
         with self.gathered() if needs_weights else nullcontext():
             self._trace = trace_model(self.model, self._units, self._forward, part)
+            if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
+                self._hooks.remove()
+                self._units = (Unit(ROOT, self.model),)
+                self._hooks = self._install_hooks()
+                self._trace = trace_model(self.model, self._units, self._forward, part)
         self._hooks.follow(self._trace)
         chunk_of = {item.name: layout.index for layout in self._layouts for item in layout.fields}
         units = tuple(
@@ -345,6 +354,9 @@ class Engine:
         chunks = tuple(ChunkUse(layout.num_bytes, layout.trainable) for layout in self._layouts)
         self._program = compile_program(StepShape(units, chunks, held), self.plan)
 
+    def _install_hooks(self) -> UnitHooks:
+        return UnitHooks(self._units, self._executor, (self._seed, self.rank), self._input_dtype)
+
     def _input_dtype(self, module: nn.Module) -> torch.dtype | None:
         """In bf16, a unit's floating inputs come in the dtype of its parameters."""
         if self._dtype is None:
@@ -353,47 +365,9 @@ class Engine:
         dtypes.discard(torch.float32)  # modules with running statistics take what the others compute with
         return dtypes.pop() if len(dtypes) == 1 else self._dtype
 
-    def _check_fit(self) -> None:
-        """Refuse what cannot fit before anything is moved: state alone, without activations."""
-        budget = self.memory.host_bytes
-        if budget is None:
-            return
-        ranks, needed = self.plan.world_size, 0
-        for layout, decision in zip(self._layouts, self.plan.chunks, strict=True):
-            elems = layout.num_elems
-            needed += layout.num_bytes // (ranks if decision.parameters_sharded else 1)
-            if layout.trainable:
-                shards = ranks if decision.optimizer_sharded else 1
-                needed += elems * 4 // (ranks if decision.gradients_sharded else 1)
-                needed += 8 * elems // shards + (4 * elems // shards if layout.dtype is not torch.float32 else 0)
-        model_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        base = max(read_process_memory().resident_bytes - model_bytes, 0)
-        if base + needed > budget:
-            raise DoesNotFit(
-                f"the model's state needs {format_bytes(needed)} on rank {self.rank} (zero={self.plan.zero}, {ranks} "
-                f"ranks, two optimizer slots) beside {format_bytes(base)} of the process itself; the host budget is "
-                f"{format_bytes(budget)}, so {format_bytes(base + needed - budget)} are missing before any activation. "
-                f"Give more memory, more workers with zero=3, or a smaller model."
-            )
 
+def _transport(kind: str | None) -> "Transport":
+    """Loaded where there are several ranks only: its compiled kernels take 100 MB of memory."""
+    from ..parallel.collectives import open_transport
 
-def _check(model: nn.Module, micro_batches: int, clip_grad_norm: float | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, it is {type(model).__name__}")
-    if not named_trainable(model):
-        raise ValueError(
-            f"this {type(model).__name__} has no trainable parameter: every requires_grad is False, or none"
-        )
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise ValueError(f"micro_batches={micro_batches!r}: a positive number")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: a positive number, or None")
-    places: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.device.type != "meta":
-            other = places.setdefault(parameter.untyped_storage().data_ptr(), name)
-            if other != name and parameter.data_ptr() == dict(model.named_parameters())[other].data_ptr():
-                raise ValueError(
-                    f"the parameters {other} and {name} are two objects on the same memory; tie weights by assigning "
-                    "the same Parameter to both modules"
-                )
+    return open_transport(kind=kind)

@@ -8,6 +8,7 @@ The model keeps its own Parameter objects; their `.data` are views into the chun
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,11 +16,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..memory.chunk import ChunkLayout
 from ..parallel.actions import Action
-from ..parallel.collectives import Transport
 from ..parallel.placement import CommonParameters, GatheredParameters, LocalParameters, ParameterStore, WindowParameters
 from ..parallel.sharding import owned_pieces
 from ..scheduler.plan import Plan
 from .optimizer import PiecewiseOptimizer
+
+if TYPE_CHECKING:
+    from ..parallel.collectives import Transport
 
 __all__ = ["ChunkState", "ModelState"]
 
@@ -62,7 +65,7 @@ class ModelState:
         layouts: Sequence[ChunkLayout],
         plan: Plan,
         optimizer: PiecewiseOptimizer,
-        transport: Transport | None,
+        transport: "Transport | None",
         clip_grad_norm: float | None,
     ) -> None:
         self._plan = plan
@@ -146,9 +149,9 @@ class ModelState:
         squares = sum(chunk.squares for chunk in self.chunks)
         rows = self._transport.gather_rows([squares, self.micro_loss])
         total_squares, self.loss = (sum(column) for column in rows.T.tolist())
-        self.grad_norm = total_squares**0.5
+        self.grad_norm = norm = total_squares**0.5
         if self._clip_grad_norm is not None:
-            factor = min(1.0, self._clip_grad_norm / (self.grad_norm + 1e-6))
+            factor = min(1.0, self._clip_grad_norm / (norm + 1e-6))
             if factor < 1.0:
                 for chunk in self.chunks:
                     if chunk.sums is not None:

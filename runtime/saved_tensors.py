@@ -31,9 +31,8 @@ def saved_by_place(state: ModelState) -> Any:
         for chunk in state.chunks:
             full = chunk.store.full
             if full is not None and tensor.dtype is full.dtype and address == full.untyped_storage().data_ptr() != 0:
-                return _Place(
-                    chunk.layout.index, tensor.storage_offset() - full.storage_offset(), tensor.shape, tensor.stride()
-                )
+                offset = int(tensor.storage_offset()) - int(full.storage_offset())
+                return _Place(chunk.layout.index, offset, tensor.shape, tensor.stride())
         return tensor
 
     def unpack(packed: torch.Tensor | _Place) -> torch.Tensor:

@@ -140,7 +140,7 @@ def write_safetensors(
 def load_weights(path: Path | str) -> dict[str, torch.Tensor]:
     """The tensors of a file written by this project, aliases included (they share storage)."""
     with safe_open(str(path), framework="pt") as file:
-        names: Iterable[str] = file.keys()
+        names: Iterable[str] = file.offset_keys()  # the model's order
         state = {name: file.get_tensor(name) for name in names}
         aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
     return state | {alias: state[name] for alias, name in aliases.items()}

@@ -142,8 +142,8 @@ def link(actions: Sequence[Action], shape: StepShape, plan: Plan) -> Program:
     """Give every action its lane, and the dependencies that follow from what it reads and writes.
 
     Resources: `param c` (a rank's shard), `full c` (the gathered copy), `act u.m`, `grad c` (this rank's gradients),
-    `sum c` (the summed ones), `squares c` (their sum of squares; on a single rank the norm reads the gradients). An action waits for the last writer of what it reads, and for the last writer and
-    all readers since of what it writes.
+    `sum c` (the summed ones), `squares c` (their sum of squares; on a single rank the norm reads the gradients). An
+    action waits for the last writer of what it reads, and for the last writer and all readers since of what it writes.
     """
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}

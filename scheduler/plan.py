@@ -90,7 +90,7 @@ class Plan:
                 ChunkPlan(**(chunk | {"gathered_for": GatheredFor(chunk["gathered_for"])}))
                 for chunk in fields["chunks"]
             )
-            return cls(**(fields | {"chunks": chunks}))
+            return cls(**{**fields, "chunks": chunks})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
 

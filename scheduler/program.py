@@ -84,7 +84,7 @@ class Instruction:
 
     Attributes:
         lane: where it runs, in the order of the program.
-        after: positions in the program of the instructions that must be done before it starts; all smaller than its own.
+        after: positions in the program of the instructions that must be done before it starts; all smaller.
         num_bytes: that it moves, where it moves any.
     """
 
@@ -96,7 +96,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The instructions of one rank for one step. Dependencies point backwards only, so the list itself is one valid order."""
+    """The instructions of one rank for one step. Dependencies point backwards only."""
 
     instructions: tuple[Instruction, ...]
 

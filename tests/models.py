@@ -30,7 +30,9 @@ class GPT(nn.Module):
     """A byte-level GPT; `pos` is a parameter of the model itself, used outside of every unit; `tied` shares embedding
     and head (a vocabulary that does not divide by the ranks)."""
 
-    def __init__(self, dim: int = 32, layers: int = 3, vocab: int = 67, tied: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int = 32, layers: int = 3, vocab: int = 67, tied: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.tok = nn.Embedding(vocab, dim)
         self.pos = nn.Parameter(torch.randn(16, dim) * 0.02)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, Case
+
 from outgrow import Engine
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""Invariant 1 on several ranks: every ZeRO stage and transport gives the same bits, and DistributedDataParallel's results."""
+"""Invariant 1 on several ranks: every ZeRO stage and transport gives the same bits, and DDP's results."""
 
 import functools
 import hashlib
@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import CASES, GPT, Case
-from outgrow import Engine
 from ranks import run_ranks
+
+from outgrow import Engine
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)

@@ -191,7 +191,7 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
 
 
 def test_state_that_exceeds_the_budget_is_refused_with_the_missing_bytes() -> None:
-    with pytest.raises(DoesNotFit, match=r"needs .* MiB on rank 0.*are missing"):
+    with pytest.raises(DoesNotFit, match=r"needs .* MiB on each rank.*are missing"):
         Engine(nn.Linear(2000, 2000), loss=mse, memory=Memory(host="100MiB"))
 
 
@@ -280,6 +280,22 @@ def test_the_model_can_be_used_between_steps() -> None:
     engine.step((X, Y))
     assert not torch.equal(first, model(X))
     engine.close()
+
+
+def test_a_model_that_never_calls_its_modules_has_the_bits_of_the_plain_loop() -> None:
+    class Functional(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + F.linear(x, layer[0].weight, layer[0].bias)
+            return x
+
+    plain = Functional()
+    optimizer = SGD(plain.parameters())
+    for _ in range(3):
+        mse(plain(X), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert equal(plain.state_dict(), weights_after(Functional(), [(X, Y)] * 3, loss=mse))
 
 
 def test_a_step_is_a_program() -> None:
