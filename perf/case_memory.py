@@ -59,7 +59,6 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         ContestantFailed: one of them failed.
     """
     figures: list[Figure] = []
-    transports: set[str] = set()
     for num_ranks in _NUM_RANKS:
         for stage in _STAGES:
             name = f"zero={stage} on {num_ranks}"
@@ -76,13 +75,12 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
                 group.rounds(options.num_warmup)
                 turns = group.rounds(options.num_rounds, first=options.num_warmup)[name]
             figures += _figures(num_ranks, stage, turns)
-            transports |= {holdings.transport for ranks in turns for holdings in ranks}
     return Findings(
         tuple(figures),
         (
             "held: peak bytes of live storages by the engine's own books, mean over ranks; shared pages count once.",
             "pss: growth of the proportional set size (smaps_rollup) up to an update, mean over ranks; with buffers.",
-            f"transports: {', '.join(sorted(transports))}; 1 thread a rank, AdamW, float32.",
+            "1 thread a rank, AdamW, float32.",
         ),
     )
 
@@ -100,7 +98,7 @@ def _figures(num_ranks: int, stage: int, turns: list[list[Any]]) -> list[Figure]
             "ratio",
             tuple(value / expected for value in held),
             _WITHIN_5_PERCENT,
-            note=f"{held[-1] / 2**20:,.1f} of {expected / 2**20:,.1f} MiB",
+            note=f"{held[-1] / 2**20:,.1f} of {expected / 2**20:,.1f} MiB, {turns[-1][0].transport}",
         ),
         Figure(
             section,

@@ -89,10 +89,11 @@ def _measure(
         warmup = group.rounds(options.num_warmup)
         measured = group.rounds(options.num_rounds, first=options.num_warmup)
         idle = group.idle_shares()
+        remarks = {name: group.ask(name, "describe")[0] for name in measured}
     seconds = {name: [max(each.seconds for each in ranks) for ranks in turns] for name, turns in measured.items()}
     losses = {name: [ranks[0].loss for ranks in warmup[name] + measured[name]] for name in measured}
     section = f"{config}, {_shape(contestants[0])}"
-    figures = [_speed(section, contestant, tokens, seconds, measured) for contestant in here]
+    figures = [_speed(section, contestant, tokens, seconds, measured, remarks) for contestant in here]
     for ours, theirs, target in _TARGETS:
         if ours.name in seconds and theirs.name in seconds:
             ratios = paired_ratios(seconds[theirs.name], seconds[ours.name])
@@ -117,6 +118,7 @@ def _speed(
     tokens: int,
     seconds: dict[str, list[float]],
     measured: dict[str, list[list[Any]]],
+    remarks: dict[str, str],
 ) -> Figure:
     if contestant.missing:
         return Figure(section, contestant.name, "tokens/s", (), note=f"missing: {', '.join(contestant.missing)}")
@@ -127,7 +129,7 @@ def _speed(
         contestant.name,
         "tokens/s",
         tuple(tokens / each for each in seconds[contestant.name]),
-        note=f"RSS {peak_bytes / 2**20:,.0f} MiB",
+        note=", ".join(filter(None, (f"RSS {peak_bytes / 2**20:,.0f} MiB", remarks[contestant.name]))),
     )
 
 

@@ -49,12 +49,14 @@ class Trainee:
         batches: step -> global batch, the same on every rank.
         train: this rank's (inputs, targets) -> loss as the mean over the global batch. Does one whole step.
         finish: called once at the end.
+        remark: what a reader of its figures should know, e.g. the transport that was chosen.
     """
 
     rank: Rank
     batches: Batches
     train: Callable[[Tensor, Tensor], float]
     finish: Callable[[], None] = lambda: None
+    remark: str = ""
 
     def step(self, index: int) -> StepReport:
         """One training step on the batch of that index. Making the batch is not timed. Memory's peak is this step's."""
@@ -68,6 +70,9 @@ class Trainee:
     def steps(self, first: int, count: int) -> list[float]:
         """Losses of several steps, for curves."""
         return [self.step(index).loss for index in range(first, first + count)]
+
+    def describe(self) -> str:
+        return self.remark
 
     def close(self) -> None:
         self.finish()

@@ -18,4 +18,4 @@ def outgrow(rank: Rank, config: str, data: str = "random", zero: int | None = No
     def train(inputs: Tensor, targets: Tensor) -> float:
         return engine.step((inputs, targets)).loss
 
-    return Trainee(rank, batches_of(config, data), train, engine.close)
+    return Trainee(rank, batches_of(config, data), train, engine.close, engine.transport_name)

@@ -49,9 +49,9 @@ def test_losses_that_differ_are_not_the_same_training() -> None:
 
 def test_speed_is_of_the_slowest_rank_and_memory_of_the_largest() -> None:
     turns = [[StepReport(1.0, 9.0, 5 * 2**20), StepReport(2.0, 9.0, 7 * 2**20)]]
-    figure = case_step._speed("S", case_step._DDP, 2048, {"DDP": [2.0]}, {"DDP": turns})
+    figure = case_step._speed("S", case_step._DDP, 2048, {"DDP": [2.0]}, {"DDP": turns}, {"DDP": "gloo"})
     assert figure.median == 1024
-    assert figure.note == "RSS 7 MiB"
+    assert figure.note == "RSS 7 MiB, gloo"
 
 
 def test_both_sides_of_every_target_stand_in_one_group() -> None:
