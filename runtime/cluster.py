@@ -5,7 +5,9 @@ Does not own the training on it (`trainer.py`), nor the arithmetic of what fits 
 
 import logging
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +49,7 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
     owned = not ray.is_initialized()
     with _silence(owned), _settings(_RAY_SETTINGS_ALONE if owned and config.address is None else _RAY_SETTINGS):
         if owned:
-            local: dict[str, Any] = {} if config.address else {"num_cpus": cores, "num_gpus": gpus}
+            local: dict[str, Any] = {} if config.address else {"num_cpus": cores, "num_gpus": gpus} | _interpreter()
             ray.init(
                 address=config.address or "local",
                 include_dashboard=None if config.address else False,
@@ -62,6 +64,12 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
         finally:
             if owned:
                 ray.shutdown()
+
+
+def _interpreter() -> dict[str, Any]:
+    """Ray hands the interpreter's path to a shell as it is: one with spaces must be quoted for it."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"runtime_env": {"py_executable": quoted}}
 
 
 def check_here(job: Job, config: RuntimeConfig) -> None:
