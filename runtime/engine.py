@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..memory.allocator import keep_freed_blocks
 from ..memory.budget import Memory
 from ..memory.errors import NotFinite
 from ..memory.process import peak_host_bytes, reset_peak
@@ -136,7 +137,8 @@ class Engine:
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport) if ranks > 1 else None
         self.memory = memory or Memory.detect(ranks)
-        check_fit(model, self._layouts, self.plan, self.memory)
+        if check_fit(model, self._layouts, self.plan, self.memory):
+            keep_freed_blocks()  # for the whole process: the next step uses the same memory again
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.state = ModelState(model, self._layouts, self.plan, self._optimizer, self.transport, clip_grad_norm)
         cast_buffers(model, precision)

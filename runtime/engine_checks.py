@@ -41,11 +41,12 @@ def check_arguments(model: nn.Module, micro_batches: int, clip_grad_norm: float 
                 )
 
 
-def check_fit(model: nn.Module, layouts: Sequence[ChunkLayout], plan: Plan, memory: Memory) -> None:
-    """Raise DoesNotFit where state alone, without activations, exceeds the budget."""
+def check_fit(model: nn.Module, layouts: Sequence[ChunkLayout], plan: Plan, memory: Memory) -> bool:
+    """Raise DoesNotFit where state alone, without activations, exceeds the budget; else whether the budget is ample:
+    whether state and process take at most half of it."""
     budget = memory.host_bytes
     if budget is None:
-        return
+        return True
     ranks, needed = plan.world_size, 0
     for layout, decision in zip(layouts, plan.chunks, strict=True):
         elems = layout.num_elems
@@ -63,3 +64,4 @@ def check_fit(model: nn.Module, layouts: Sequence[ChunkLayout], plan: Plan, memo
             f"{format_bytes(budget)}, so {format_bytes(base + needed - budget)} are missing before any activation. "
             f"Give more memory, more workers with zero=3, or a smaller model."
         )
+    return base + needed <= budget / 2

@@ -1,0 +1,27 @@
+"""What the C library does with large blocks that are freed.
+
+Owns one switch of the process. By default glibc returns blocks of some MiB to the kernel when they are freed, and the
+next step pays for fresh, zeroed pages: `perf step` shows what that costs. Keeping them costs some resident memory
+instead, so it is done only where the budget is ample (the caller decides).
+"""
+
+import ctypes
+import logging
+
+__all__ = ["keep_freed_blocks"]
+
+_log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_NEVER = 2**31 - 1  # bytes; an int to mallopt
+
+
+def keep_freed_blocks() -> bool:
+    """Let this process keep freed blocks of any size for its next step. False where the C library has no such switch."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        _log.info("this C library has no mallopt: freed blocks go back to the kernel")
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

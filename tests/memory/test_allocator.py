@@ -1,0 +1,27 @@
+"""Freed blocks are kept: a second use of the same size meets no page fault."""
+
+import subprocess
+import sys
+
+_SCRIPT = """
+import resource, torch
+from outgrow.memory.allocator import keep_freed_blocks
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(16 << 20)  # 64 MiB: 16384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+assert keep_freed_blocks()
+faults()
+print(given_back, faults())
+"""
+
+
+def test_blocks_that_were_freed_are_used_again() -> None:
+    answer = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, answer.stdout.split())
+    assert given_back > 1000  # pages, huge or not
+    assert kept < given_back / 10
