@@ -18,7 +18,7 @@ _NEVER = 2**31 - 1  # bytes; an int to mallopt
 
 
 def keep_freed_blocks() -> bool:
-    """Let this process keep freed blocks of any size for its next step. False where the C library has no such switch."""
+    """Let this process keep freed blocks of any size for its next step. False where the C library cannot."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -34,7 +34,7 @@ _DEEPSPEED = Contestant(
 )
 
 # Who stands in memory together; both sides of a ratio are always in one group.
-_NEEDED = ((_PLAIN, _SINGLE), (_DDP, _ZERO1, _ZERO3, _FSDP2))
+_NEEDED = ((_PLAIN, _SINGLE), (_DDP, _ZERO1, _ZERO3), (_FSDP2, _ZERO3))
 _EXTRA = ((_DDP, _ZERO2, _DDP_ZERO, _FSDP2_KEEP, _DEEPSPEED),)
 
 # (ours, theirs, least ratio of our tokens a second to theirs)
@@ -92,7 +92,7 @@ def _measure(
         remarks = {name: group.ask(name, "describe")[0] for name in measured}
     seconds = {name: [max(each.seconds for each in ranks) for ranks in turns] for name, turns in measured.items()}
     losses = {name: [ranks[0].loss for ranks in warmup[name] + measured[name]] for name in measured}
-    section = f"{config}, {_shape(contestants[0])}"
+    section = f"{config}, {_shape(contestants[0])}, {contestants[0].name} and ours"
     figures = [_speed(section, contestant, tokens, seconds, measured, remarks) for contestant in here]
     for ours, theirs, target in _TARGETS:
         if ours.name in seconds and theirs.name in seconds:
