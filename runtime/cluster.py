@@ -21,7 +21,7 @@ from .recorder import Recorder
 from .run_folder import RunFolder
 from .trainer import fit, is_ray_data
 
-__all__ = ["check_here", "session", "train_on_cluster"]
+__all__ = ["check_here", "interpreter_options", "session", "train_on_cluster"]
 
 _LOG_TAIL_BYTES = 1 << 20
 # How Ray behaves while a run goes on, in its own words. Health checks: how soon an end or a failure is seen. Workers
@@ -49,7 +49,9 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
     owned = not ray.is_initialized()
     with _silence(owned), _settings(_RAY_SETTINGS_ALONE if owned and config.address is None else _RAY_SETTINGS):
         if owned:
-            local: dict[str, Any] = {} if config.address else {"num_cpus": cores, "num_gpus": gpus} | _interpreter()
+            local: dict[str, Any] = (
+                {} if config.address else {"num_cpus": cores, "num_gpus": gpus} | interpreter_options()
+            )
             ray.init(
                 address=config.address or "local",
                 include_dashboard=None if config.address else False,
@@ -66,10 +68,23 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
                 ray.shutdown()
 
 
-def _interpreter() -> dict[str, Any]:
-    """Ray hands the interpreter's path to a shell as it is: one with spaces must be quoted for it."""
+def interpreter_options() -> dict[str, Any]:
+    """Options of `ray.init`. Ray hands the interpreter's path to a shell as it is: one with spaces must be quoted."""
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"runtime_env": {"py_executable": quoted}}
+
+
+def _check_interpreter() -> None:
+    """A Ray that this process started itself must know of spaces in the path, or its workers never come up."""
+    import ray
+
+    options = interpreter_options()
+    if options and not ray.get_runtime_context().runtime_env.get("py_executable"):
+        raise ValueError(
+            f"the Ray of this process cannot start workers: its interpreter's path has characters that need quoting "
+            f"({sys.executable}), and Ray hands it to a shell as it is; start it with ray.init(runtime_env="
+            f"{options['runtime_env']!r}), or leave ray.init out and let the run start Ray"
+        )
 
 
 def check_here(job: Job, config: RuntimeConfig) -> None:
@@ -80,6 +95,7 @@ def check_here(job: Job, config: RuntimeConfig) -> None:
     import ray
 
     if ray.is_initialized():
+        _check_interpreter()
         _cluster_resources(job, config)
     elif config.address is None:
         _local_resources(job, config)

@@ -33,7 +33,8 @@ def _travels_by_value():
 def shared_ray():
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address="local", num_cpus=4, **options, **interpreter_options())
     yield ray
     ray.shutdown()
 
