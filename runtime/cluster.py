@@ -57,7 +57,7 @@ def session(config: RuntimeConfig, cores: int, gpus: int) -> Iterator[Path | Non
                 include_dashboard=None if config.address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **local,
+                **({} if config.address else local),
             )
         # The public API knows no folder of logs of a Ray that runs already.
         node = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from outgrow import Callback, Runtime
 from outgrow.memory.errors import WorkerError
+from outgrow.runtime.cluster import interpreter_options
 
 pytestmark = pytest.mark.ray
 SGD = partial(torch.optim.SGD, lr=0.1)
