@@ -8,7 +8,7 @@ instead, so it is done only where the budget is ample (the caller decides).
 import ctypes
 import logging
 
-__all__ = ["keep_freed_blocks"]
+__all__ = ["keep_freed_blocks", "return_freed_blocks"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,3 +25,11 @@ def keep_freed_blocks() -> bool:
         _log.info("this C library has no mallopt: freed blocks go back to the kernel")
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def return_freed_blocks() -> bool:
+    """Give what is freed and kept back to the kernel now: what stays resident is in use. False if nothing was."""
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError):
+        return False

@@ -4,6 +4,7 @@ import gc
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..memory.allocator import return_freed_blocks
 from ..runtime.engine import Engine
 from .case_memory import Holdings
 from .members import proportional_bytes
@@ -26,6 +27,7 @@ class MemoryMember:
         self._batches = random_batches(CONFIGS[config])
         _touch_libraries(rank, zero)
         rank.barrier()
+        return_freed_blocks()
         self._before_bytes = proportional_bytes()
         rank.barrier()
         model = build_gpt(CONFIGS[config])
@@ -35,6 +37,7 @@ class MemoryMember:
         self._hook = register_optimizer_step_pre_hook(self._before_update)
 
     def _before_update(self, *_: object) -> None:
+        return_freed_blocks()  # activations of the step, kept for the next one, are no state
         self._update_bytes = max(self._update_bytes, proportional_bytes())
 
     def step(self, index: int) -> Holdings:
