@@ -7,6 +7,7 @@ The model keeps its own Parameter objects; their `.data` are views into the chun
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -188,6 +189,25 @@ class ModelState:
             chunk.store.drop()
             self._point_at_full(chunk)
 
+    @contextmanager
+    def gathered_chunk(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Gather one chunk; meanwhile its parameters' `.data` are there. Collective, in the same order on every rank.
+
+        Yields parameter name -> its whole value, float32 where a master is kept; valid inside the block only.
+        """
+        chunk = self.chunks[index]
+        was_there = chunk.store.full is not None
+        if self._transport is not None:
+            self._transport.gather_rows([0.0])  # every rank's last update is done
+        chunk.store.gather()
+        self._point_at_full(chunk)
+        try:
+            yield dict(self._values(chunk))
+        finally:
+            if not was_there:
+                chunk.store.drop()
+                self._point_at_full(chunk)
+
     def forget_gradients(self) -> None:
         """After a failed step: no gradient is left over for the next."""
         for chunk in self.chunks:
@@ -207,13 +227,8 @@ class ModelState:
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 value of every parameter whose master is kept beside it. Collective."""
         for chunk in self.chunks:
-            if chunk.master is None:
-                continue
-            full = chunk.master
-            if self._transport is not None and full.numel() < chunk.layout.num_elems:
-                full = self._transport.all_gather(full)
-            for item in chunk.layout.fields:
-                yield item.name, chunk.layout.view(full, item)
+            if chunk.master is not None:
+                yield from self._values(chunk)
 
     def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         """Rank 0's value on every rank: buffers such as running statistics are each rank's own. Collective."""
@@ -240,6 +255,15 @@ class ModelState:
         return sizes | self._optimizer.slot_bytes()
 
     # ---- storage
+
+    def _values(self, chunk: ChunkState) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole value of a gathered chunk's parameters, from the master where there is one. Collective."""
+        full = chunk.store.full if chunk.master is None else chunk.master
+        assert full is not None
+        if self._transport is not None and full.numel() < chunk.layout.num_elems:
+            full = self._transport.all_gather(full)
+        for item in chunk.layout.fields:
+            yield item.name, chunk.layout.view(full, item)
 
     def _chunk(self, action: Action) -> ChunkState:
         assert action.index is not None
