@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -10,6 +12,7 @@ from models import CASES
 from safetensors import safe_open
 from torch import nn
 
+from outgrow.parallel.units import assign_chunks, find_units
 from outgrow.runtime.weights import aliases_of, full_state_dict, load_weights, write_safetensors, write_weights
 
 TENSORS = {
@@ -35,7 +38,7 @@ TENSORS = {
 
 def write(path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     frame = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    write_safetensors(path, frame, tensors.__getitem__, metadata or {})
+    write_safetensors(path, frame, tensors.items(), metadata or {})
 
 
 def test_the_library_reads_what_was_written(tmp_path):
@@ -60,16 +63,12 @@ def test_values_start_at_a_multiple_of_8_bytes(tmp_path, name):
     assert len(content) % 8 == 3 * 4 % 8
 
 
-def test_values_are_asked_for_once_in_order_and_cast_to_the_dtype_announced(tmp_path):
-    asked: list[str] = []
-
-    def value_of(name: str) -> torch.Tensor:
-        asked.append(name)
-        return torch.full((2,), 1 / 3)
-
-    frame = {"b": (torch.bfloat16, (2,)), "a": (torch.float32, (2,))}
-    write_safetensors(tmp_path / "w", frame, value_of, {})
-    assert asked == ["b", "a"]
+def test_values_come_in_any_order_and_are_cast_to_the_dtype_announced(tmp_path):
+    frame = {"b": (torch.bfloat16, (2,)), "a": (torch.float32, (2,)), "none": (torch.float32, (0, 3))}
+    values = [("none", torch.empty(0, 3)), *((name, torch.full((2,), 1 / 3)) for name in "ab")]
+    write_safetensors(tmp_path / "w", frame, values, {})
+    with safe_open(str(tmp_path / "w"), framework="pt") as file:
+        assert list(file.offset_keys()) == ["b", "a", "none"], "the order of the frame"
     found = safetensors.torch.load_file(tmp_path / "w")
     assert torch.equal(found["b"], torch.full((2,), 1 / 3).bfloat16())
     assert torch.equal(found["a"], torch.full((2,), 1 / 3))
@@ -79,12 +78,14 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     write(path, {"a": torch.ones(2)})
 
-    def fail(name: str) -> torch.Tensor:
+    def values() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(2)
         raise OSError(28, "no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        write_safetensors(path, {"a": (torch.float32, (2,))}, fail, {})
+        write_safetensors(path, {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}, values(), {})
     assert torch.equal(safetensors.torch.load_file(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path], "nothing unfinished is left"
 
 
 def test_a_dtype_that_the_format_has_not_is_refused_by_name(tmp_path):
@@ -95,18 +96,28 @@ def test_a_dtype_that_the_format_has_not_is_refused_by_name(tmp_path):
 
 
 class Held:
-    """What weights need of a model's state, without chunks."""
+    """What weights need of a model's state: chunks that are there only while they are gathered."""
 
-    def __init__(self, masters: Mapping[str, torch.Tensor] | None = None) -> None:
-        self._masters = masters or {}
+    def __init__(self, model: nn.Module, masters: Mapping[str, torch.Tensor] | None = None) -> None:
+        units = find_units(model)
+        self.chunks = [SimpleNamespace(layout=layout) for layout in assign_chunks(model, units, 1)]
+        self._model, self._masters = model, masters or {}
         self.asked: list[torch.Tensor] = []
+        self.gathered: list[int] = []
+        self.held = 0
 
-    @property
-    def has_masters(self) -> bool:
-        return bool(self._masters)
-
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._masters.items()
+    @contextmanager
+    def gathered_chunk(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+        assert self.held == 0, "one chunk at a time"
+        self.gathered.append(index)
+        self.held += 1
+        fields = self.chunks[index].layout.fields
+        values = {item.name: self._masters.get(item.name, self._model.get_parameter(item.name)) for item in fields}
+        values = {name: value.detach().clone() for name, value in values.items()}
+        yield values
+        self.held -= 1
+        for value in values.values():
+            value.zero_()  # what lay there is gone
 
     def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         self.asked.append(value)
@@ -138,7 +149,7 @@ def test_further_names_point_to_the_first():
 
 def test_a_state_dict_has_every_name_of_the_models_own_and_copies():
     model = Shared()
-    found = full_state_dict(model, Held(), dtypes_of(model))
+    found = full_state_dict(model, Held(model), dtypes_of(model))
     expected = model.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -152,7 +163,7 @@ def test_masters_stand_for_the_parameters_that_have_them():
     model = Shared().to(torch.bfloat16)
     master = torch.full((5, 3), 1 / 3)
     dtypes = dtypes_of(model) | {"tok.weight": torch.float32}
-    found = full_state_dict(model, Held({"tok.weight": master}), dtypes)
+    found = full_state_dict(model, Held(model, {"tok.weight": master}), dtypes)
     assert torch.equal(found["tok.weight"], master)
     assert torch.equal(found["head.weight"], master)
     assert found["norm.weight"].dtype is torch.bfloat16
@@ -160,7 +171,7 @@ def test_masters_stand_for_the_parameters_that_have_them():
 
 def test_a_file_holds_tied_tensors_once_and_gives_both_names_back(tmp_path):
     model, path = Shared(), tmp_path / "weights.safetensors"
-    write_weights(path, model, Held(), dtypes_of(model))
+    write_weights(path, model, Held(model), dtypes_of(model))
     with safe_open(str(path), framework="pt") as file:
         stored = set(file.keys())
         aliases = json.loads(file.metadata()["aliases"])
@@ -175,23 +186,39 @@ def test_a_file_holds_tied_tensors_once_and_gives_both_names_back(tmp_path):
 
 def test_masters_are_what_is_written(tmp_path):
     model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
-    state = Held({"weight": torch.tensor([[1 / 3, 2 / 3]])})
+    state = Held(model, {"weight": torch.tensor([[1 / 3, 2 / 3]])})
     write_weights(tmp_path / "w", model, state, {"weight": torch.float32})
     assert torch.equal(load_weights(tmp_path / "w")["weight"], torch.tensor([[1 / 3, 2 / 3]]))
 
 
 def test_ranks_without_a_path_write_nothing_but_take_part(tmp_path):
-    taken: list[bool] = []
-
-    class Counting(Held):
-        def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-            taken.append(True)
-            yield from super().masters()
-
-    model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
-    write_weights(None, model, Counting({"weight": torch.ones(1, 2)}), {"weight": torch.float32})
-    assert taken == [True], "gathering masters is collective"
+    model = CASES["conv"].model()
+    state = Held(model)
+    write_weights(None, model, state, dtypes_of(model))
+    assert state.gathered == list(range(len(state.chunks))), "gathering is collective"
+    assert len(state.asked) == len(list(model.buffers()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_cannot_write_does_not_keep_the_others_waiting(tmp_path):
+    model = CASES["conv"].model()
+    state = Held(model)
+    with pytest.raises(FileNotFoundError):
+        write_weights(tmp_path / "no" / "folder", model, state, dtypes_of(model))
+    assert state.gathered == list(range(len(state.chunks)))
+    assert state.held == 0
+
+
+def test_parameters_that_are_elsewhere_are_written_in_the_models_order(tmp_path):
+    model, whole = CASES["gpt-tied"].model(), CASES["gpt-tied"].model()
+    state = Held(whole)
+    dtypes = dtypes_of(model)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    write_weights(tmp_path / "w", model, state, dtypes)
+    found, expected = load_weights(tmp_path / "w"), whole.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert list(found) == [name for name in expected if name != "head.weight"] + ["head.weight"]
 
 
 def test_files_of_others_can_be_read(tmp_path):
