@@ -1,27 +1,39 @@
 """Recording the order in which a model runs its units, and which parameters each run of a unit uses.
 
-Owns the traced pass: a structural copy of the model on the `meta` device runs one micro-batch forward, so nothing is
-computed, nothing is allocated and no buffer, random number or weight of the real model changes. Where a model cannot
-run on `meta` (its control flow looks at values), the real one runs forward once, and its buffers and random numbers
-are put back. Does not own what is made of the order (`scheduler/passes.py`).
+Owns the traced pass: a structural copy of the model, without values, runs one micro-batch, so nothing is computed,
+nothing is allocated and no buffer, random number or weight of the real model changes. Where a model cannot run so (its
+control flow looks at values), the real one runs once, and its buffers and random numbers are put back. Does not own
+the copies (`twin.py`), what becomes of storages (`storage_watch.py`), nor what is made of the order (`passes.py`).
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..parallel.units import Unit
+from .storage_watch import StorageWatch
+from .twin import Shapes, Twin, fake_twin, meta_twin
+from .workspace import workspace_bytes
 
-__all__ = ["Call", "Trace", "trace_model"]
+__all__ = ["Call", "Phase", "Trace", "record", "record_without_values", "trace_model"]
 
 _log = logging.getLogger(__name__)
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], torch.Tensor]
+InputDtype = Callable[[nn.Module], torch.dtype | None]
+
+Phase = tuple[str, int]
+"""What a pass is doing: ("F", run) from the begin of a unit run to the next one's, ("B", run) likewise, ("before", 0)
+until the first unit, ("loss", 0) from the end of the last unit, ("loss", 1) the backward pass up to the first unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,87 +67,186 @@ class Trace:
 
 
 def trace_model(
-    model: nn.Module, units: Sequence[Unit], forward: Callable[[nn.Module, Any], Any], micro_batch: Any
+    model: nn.Module,
+    units: Sequence[Unit],
+    forward: Forward,
+    micro_batch: Any,
+    shapes: Shapes | None = None,
+    input_dtype: InputDtype | None = None,
 ) -> Trace:
     """Record one forward pass of `forward(model, micro_batch)`.
+
+    Args:
+        shapes: name -> (shape, dtype) of parameters that are placeholders or dropped.
+        input_dtype: f(unit's module) -> dtype that its floating inputs are cast to, or None; for units whose module
+            has no hook that does so already.
 
     Raises:
         whatever the model raises when its real forward pass fails: a user's error, unchanged.
     """
-    try:
-        memo: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
-            memo[id(tensor)] = _meta_like(tensor)
-        twin = copy.deepcopy(model, memo)
-        with torch.random.fork_rng(devices=[]):
-            return _record(twin, units, forward, tree_map(_to_meta, micro_batch), on_meta=True)
-    except Exception as error:  # any model code may fail on meta tensors, in any way: then the real pass decides
-        _log.info("the model does not run on meta tensors (%s: %s); tracing it for real", type(error).__name__, error)
+    found = record_without_values(model, units, forward, None, micro_batch, shapes, input_dtype)
+    if found is not None:
+        return found[0]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    real = Twin(model, names, frozenset(), lambda batch: batch, nullcontext, has_values=True)
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            return _record(model, units, forward, micro_batch, on_meta=False)
+            return record(real, units, forward, None, micro_batch, None, input_dtype)
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
 
 
-def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
-    meta = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
-    return meta
+def record_without_values(
+    model: nn.Module,
+    units: Sequence[Unit],
+    forward: Forward,
+    loss: Loss | None,
+    micro_batch: Any,
+    shapes: Shapes | None = None,
+    input_dtype: InputDtype | None = None,
+) -> tuple[Trace, StorageWatch, str] | None:
+    """A pass on fake tensors, or else on the meta device; with a loss, its backward too. None: the model needs values.
+
+    Returns:
+        The order, the log of storages, and how: "fake" or "meta".
+    """
+    for how, make in (("fake", fake_twin), ("meta", meta_twin)):
+        try:
+            twin = make(model, shapes)
+            watch = StorageWatch(replaces=True)
+            with torch.random.fork_rng(devices=[]):
+                return record(twin, units, forward, loss, micro_batch, watch, input_dtype), watch, how
+        except Exception as error:  # any model code may fail without values, in any way: then the next kind decides
+            _log.info("the model does not run on %s tensors (%s: %s)", how, type(error).__name__, error)
+    return None
 
 
-def _to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-
-def _record(
-    model: nn.Module, units: Sequence[Unit], forward: Callable[[nn.Module, Any], Any], micro_batch: Any, on_meta: bool
+def record(
+    twin: Twin,
+    units: Sequence[Unit],
+    forward: Forward,
+    loss: Loss | None,
+    micro_batch: Any,
+    watch: StorageWatch | None,
+    input_dtype: InputDtype | None = None,
 ) -> Trace:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules = dict(model.named_modules())
-    recorder = _Recorder(names)
+    """One pass over `twin`: forward, and where a loss is given, the loss and the backward pass."""
+    modules = dict(twin.model.named_modules())
+    recorder = _Recorder(twin, watch)
     handles = []
     for index, unit in enumerate(units):
-        module = modules.get(unit.name, model)
-        handles.append(module.register_forward_pre_hook(recorder.enter(index)))
-        handles.append(module.register_forward_hook(recorder.leave(index, on_meta)))
+        module = modules.get(unit.name, twin.model)
+        dtype = input_dtype(module) if input_dtype is not None else None
+        handles.append(module.register_forward_pre_hook(recorder.enter(index, dtype), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(recorder.leave(index), with_kwargs=True))
+    if loss is not None:
+        assert watch is not None
+        for parameter in twin.model.parameters():
+            if parameter.requires_grad:
+                handles.append(parameter.register_post_accumulate_grad_hook(_take_gradient(watch)))
     try:
-        with recorder:
-            forward(model, micro_batch)
+        with twin.mode():
+            batch = twin.convert(micro_batch)
+            if watch is not None:
+                for leaf in [*twin.model.parameters(), *twin.model.buffers(), *_tensors(batch)]:
+                    watch.ignore(leaf)
+            with recorder:
+                _run(twin.model, forward, loss, batch, recorder)
     finally:
+        if watch is not None:
+            watch.close()
         for handle in handles:
             handle.remove()
-    return Trace(tuple(recorder.calls), frozenset(recorder.between), on_meta)
+    return Trace(tuple(recorder.calls), frozenset(recorder.between), not twin.has_values)
+
+
+def _run(model: nn.Module, forward: Forward, loss: Loss | None, batch: Any, recorder: "_Recorder") -> None:
+    watch = recorder.watch
+    recorder.begin(("before", 0))
+    with watch.saving() if watch is not None else nullcontext():
+        output = forward(model, batch)
+        recorder.begin(("loss", 0))
+        if loss is None:
+            return
+        value = loss(output, batch)
+    del output
+    recorder.in_forward = False
+    recorder.begin(("loss", 1))
+    if value.requires_grad:
+        value.backward()
+
+
+def _take_gradient(watch: StorageWatch) -> Callable[[torch.Tensor], None]:
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        watch.gradient(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operator that takes a parameter, with the unit that is running."""
+    """Notes every operator that takes a parameter, with the unit that is running, and every storage that one makes."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, twin: Twin, watch: StorageWatch | None) -> None:
         super().__init__()
-        self.names = names
         self.calls: list[Call] = []
         self.between: set[str] = set()
+        self.watch = watch
+        self.in_forward = True
+        self._names = twin.names
+        self._foreign = twin.foreign
+        self._has_values = twin.has_values
         self._open: list[tuple[int, set[str]]] = []
 
-    def enter(self, unit: int) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any) -> None:
-            own = {self.names[id(parameter)] for parameter in module.parameters()}
-            self._open.append((unit, own))
+    def begin(self, phase: Phase) -> None:
+        if self.watch is not None:
+            self.watch.phase(phase)
+
+    def enter(self, unit: int, dtype: torch.dtype | None) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.in_forward:  # else a checkpoint of the model's own code runs the unit again
+                self._open.append((unit, {self._names[id(parameter)] for parameter in module.parameters()}))
+                run = len(self.calls)
+                self.begin(("F", run))
+                if self.watch is not None:
+                    self.watch.enter(run)
+                    for leaf in _tensors((args, kwargs)):
+                        given = self.watch.find(leaf)
+                        if given is not None and run not in given.passed_to:
+                            given.passed_to.append(run)
+            return None if dtype is None else (_cast(args, dtype), _cast(kwargs, dtype))
 
         return hook
 
-    def leave(self, unit: int, knows_gradients: bool) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def leave(self, unit: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self.in_forward:
+                return
             opened, used = self._open.pop()
             assert opened == unit, f"units {opened} and {unit} overlap"
-            has_backward = not knows_gradients or any(
-                isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(output)
-            )
+            run = len(self.calls)
+            outputs = _tensors(output)
+            has_backward = self._has_values and not torch.is_grad_enabled()
+            has_backward = has_backward or any(leaf.requires_grad for leaf in outputs)
             self.calls.append(Call(unit, frozenset(used), has_backward))
+            if self.watch is None:
+                return
+            self.watch.leave(run)
+            for leaf in outputs:
+                made = self.watch.find(leaf)
+                if made is not None and run not in made.returned_by:
+                    made.returned_by.append(run)
+            inputs = {id(leaf) for leaf in _tensors((args, kwargs))}
+            reached = [leaf for leaf in outputs if leaf.requires_grad and id(leaf) not in inputs]
+            if reached:
+                register_multi_grad_hook(reached, lambda _gradient: self.begin(("B", run)), mode="any")
 
         return hook
 
@@ -143,6 +254,24 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         into = self._open[-1][1] if self._open else self.between
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and (name := self.names.get(id(leaf))) is not None:
-                into.add(name)
-        return func(*args, **kwargs)
+            if isinstance(leaf, torch.Tensor):
+                if (name := self._names.get(id(leaf))) is not None:
+                    if self.in_forward:
+                        into.add(name)
+                elif id(leaf) in self._foreign:
+                    raise RuntimeError("the copy of the model reaches back to the model's own parameters")
+        result = func(*args, **kwargs)
+        if self.watch is not None:
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            for leaf in made:
+                self.watch.made(leaf)
+            if extra := workspace_bytes(func, args, made):
+                self.watch.workspace(extra)
+        return result
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(cast, value)
