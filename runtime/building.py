@@ -185,8 +185,8 @@ def _cannot_count(error: Exception, num_bytes: int) -> DoesNotFit:
     return DoesNotFit(
         "the function that builds the model was called without memory for its parameters, because they need more than "
         f"the budget has ({format_bytes(num_bytes)} when it stopped), and raised {type(error).__name__}: {error}. It "
-        "may set up layers and buffers, but not read parameters' values, assign to their .data, or move them; take that "
-        "out of it and give init= or weights=, or give more memory"
+        "may set up layers and buffers, but not read parameters' values, assign to their .data, or move them; take "
+        "that out of it and give init= or weights=, or give more memory"
     )
 
 
