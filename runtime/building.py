@@ -33,6 +33,7 @@ __all__ = [
     "is_placeholder",
     "meta_buffers",
     "needed_bytes",
+    "twin_of",
     "with_placeholders",
 ]
 
@@ -152,7 +153,7 @@ def _parameters_on_meta(counter: _Counter) -> Iterator[None]:
         if param is None or param.is_meta or is_lazy(param):
             return
         if param not in twins:
-            twins[param] = _like(param, param.data.to("meta"))
+            twins[param] = twin_of(param, param.data.to("meta"))
             counter.num_bytes += param.nbytes
         self._parameters[name] = twins[param]
 
@@ -195,12 +196,12 @@ def _cannot_count(error: Exception, num_bytes: int) -> DoesNotFit:
 
 def _placeholder(parameter: nn.Parameter) -> nn.Parameter:
     data = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
-    placeholder = _like(parameter, data)
+    placeholder = twin_of(parameter, data)
     setattr(placeholder, _MARK, placeholder.data_ptr())
     return placeholder
 
 
-def _like(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+def twin_of(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
     """A parameter with other data, else the same: its class, its attributes, whether it is trained."""
     twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     vars(twin).update(vars(parameter))
