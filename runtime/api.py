@@ -89,6 +89,8 @@ class Runtime:
         forward: "Callable[[nn.Module, Any], Any] | None" = None,
         seed: int = 0,
         units: Sequence[str] | None = None,
+        init: "Callable[[nn.Module], Any] | None" = None,
+        weights: str | os.PathLike[str] | None = None,
     ) -> Result:
         """Train `model` on `data`, and return what came out.
 
@@ -97,7 +99,8 @@ class Runtime:
         with `loss(output, batch)`.
 
         Args:
-            model: trained in place where workers=0; a function is called on each worker.
+            model: trained in place where workers=0; a function is called on each worker. What it builds may be larger
+                than memory, with `init` or `weights`: it is then called without memory for its parameters.
             data: a torch Dataset, IterableDataset or DataLoader, a function that returns one, or a ray.data.Dataset.
             loss: gives the mean over the samples it was given; None: the output itself, or its `.loss`.
             optimizer: `f(params)`, element-wise, e.g. `functools.partial(torch.optim.AdamW, lr=3e-4)`; None: AdamW.
@@ -114,10 +117,16 @@ class Runtime:
             forward: `f(model, batch)` instead of the ways to call the model above.
             seed: of the order of data, of a model that a function builds, and of dropout.
             units: names of the modules to schedule; None finds them.
+            init: `f(module)`, called for every module as by `model.apply(f)`, one unit at a time: the values that the
+                model starts with, the same on any number of workers and within any budget. Needed, or `weights`, for a
+                model larger than memory, and for one on torch's meta device.
+            weights: the values that the model starts with: a safetensors file, or a folder of them in the Hugging Face
+                layout, such as an earlier run's; on every worker's machine. Read one tensor at a time.
 
         Raises:
             ValueError: before anything starts: an argument that cannot be, data that yields nothing, more workers than
                 the cluster can hold. From the workers: data or a model behind a function that cannot be trained on.
+            DoesNotFit: the model needs more than the budget, and neither `init` nor `weights` says which values it has.
             NotFinite: the loss became NaN or infinite.
             WorkerError: a worker failed; names rank, step and unit, and holds the worker's traceback.
         """
@@ -131,6 +140,7 @@ class Runtime:
             precision=precision,
             zero=zero,
             seed=seed,
+            weights=os.fspath(weights) if isinstance(weights, os.PathLike) else weights,
         )
         job = Job(
             config=config,
@@ -143,6 +153,7 @@ class Runtime:
             callbacks=tuple(callbacks),
             units=units,
             memory=self.config.memory,
+            init=init,
         )
         return _run(job, self.config)
 
@@ -158,6 +169,8 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
         _check_alone()
     else:
         cluster.check_here(job, config)
+    if config.address is None:
+        _check_weights(job)
     name = config.run_name(datetime.now())
     folder = RunFolder(config.storage_path, name)
     recorder = Recorder(folder, config, job.config, _display(config))
@@ -175,6 +188,21 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
     return Result(folder.path, recorder.metrics, recorder.plan, recorder.finish("finished"))
+
+
+def _check_weights(job: Job) -> None:
+    """Raise ValueError where the weight files are not there, are broken, or are another model's; reads headers only."""
+    if job.config.weights is None:
+        return
+    from torch import nn
+
+    from .filling import WeightsFiller
+    from .weight_files import open_weights
+
+    if isinstance(job.model, nn.Module):
+        WeightsFiller(job.config.weights, job.model)
+    else:
+        open_weights(job.config.weights)
 
 
 def _display(config: RuntimeConfig) -> Any:

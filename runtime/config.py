@@ -5,6 +5,7 @@ Owns every check of an argument that needs neither Ray nor the data. It does not
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -107,6 +108,8 @@ class TrainConfig:
         precision: "float32", or "bf16" (computes in bfloat16 with float32 masters).
         zero: 0 to 3 fixes what is sharded, None leaves it to the planner.
         seed: seeds the order of data, the model's initialisation where a function builds it, and dropout.
+        weights: a safetensors file, an index of several, or the folder that holds them, by its absolute path; the
+            model starts with these values. None: with its own.
     """
 
     batch_size: int = DEFAULT_BATCH_SIZE
@@ -118,6 +121,7 @@ class TrainConfig:
     precision: str = "float32"
     zero: int | None = None
     seed: int = 0
+    weights: str | None = None
     batch_size_given: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +147,8 @@ class TrainConfig:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.zero is not None and (isinstance(self.zero, bool) or self.zero not in (0, 1, 2, 3)):
             raise ValueError(f"zero must be 0, 1, 2, 3 or None (the planner's choice), got {self.zero!r}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _absolute_path("weights", self.weights))
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])
 
@@ -166,6 +172,7 @@ class Job:
     callbacks: tuple[Any, ...] = ()
     units: Any = None
     memory: "Memory | None" = None
+    init: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         from torch import nn
@@ -180,7 +187,9 @@ class Job:
             raise ValueError(
                 f"model must be an nn.Module, or a function without arguments that builds one, got {self.model!r}"
             )
-        for name in ("loss", "optimizer", "lr_scheduler", "forward"):
+        if self.init is not None and self.config.weights is not None:
+            raise ValueError("init= and weights= both say which values the model starts with; give one of them")
+        for name in ("loss", "optimizer", "lr_scheduler", "forward", "init"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ValueError(f"{name} must be a function or None, got {value!r}")
@@ -201,6 +210,16 @@ def check_batch_size(batch_size: int, num_ranks: int, micro_batches: int) -> Non
             f"batch_size={batch_size} does not divide by {num_ranks} ranks x {micro_batches} micro-batches = {parts}; "
             f"the nearest that do: {choices} (only the last batch of an epoch may be smaller)"
         )
+
+
+def _absolute_path(name: str, path: Any) -> str:
+    """Workers may run in another folder than the caller."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"{name} must be a path or None, got {path!r}")
+    text = os.fspath(path)
+    if not isinstance(text, str) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(f"{name} must be the path of a file or folder that every worker can open, got {path!r}")
+    return os.path.abspath(text)
 
 
 def _check_int(name: str, value: Any, *, at_least: int, hint: str = "") -> None:

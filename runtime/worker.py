@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory.budget import Memory
+from ..memory.budget import Memory, format_bytes
+from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
+from .building import Built, build_model, fits_beside, meta_buffers, with_placeholders
 from .config import Job, TrainConfig
 from .data import DataError, Share, Source, open_data
 from .engine import Engine, StepResult
 from .events import Failure, Finished, MemoryHeld, Rows, Sink, Started
+from .filling import Filler, make_filler
 from .run_folder import weights_target
 
 __all__ = ["Place", "metrics_row", "shares", "train_on_ray", "train_rank"]
@@ -113,10 +116,12 @@ def _finished(place: Place, engine: Engine) -> Finished:
 
 def _engine(job: Job, memory: Memory) -> Engine:
     config = job.config
-    model = job.model if isinstance(job.model, nn.Module) else _build(job.model, config.seed)
+    built = _built(job, memory)
     try:
+        filler = _filler(job, built, memory)
+        further: dict[str, Any] = {} if filler is None else {"filler": filler}
         return Engine(
-            model,
+            built.model,
             optimizer=job.optimizer,
             lr_scheduler=job.lr_scheduler,
             loss=job.loss,
@@ -128,22 +133,62 @@ def _engine(job: Job, memory: Memory) -> Engine:
             zero=config.zero,
             seed=config.seed,
             units=job.units,
+            **further,
         )
     except ValueError as error:
         error.outgrow_argument = True  # type: ignore[attr-defined]  # an argument was refused: the caller gets this very error
         raise
 
 
-def _build(build: Any, seed: int) -> nn.Module:
-    """Call the user's function under a seed, so that every rank builds the same weights."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        model = build()
-    if not isinstance(model, nn.Module):
-        raise _argument_error(f"the model function must return an nn.Module, got {type(model).__name__}")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise _argument_error(f"the model {type(model).__name__} has no trainable parameter")
-    return model
+def _built(job: Job, memory: Memory) -> Built:
+    """The model, with its values where the user's function gives them and they fit beside the process."""
+    if isinstance(job.model, nn.Module):
+        return with_placeholders(job.model)
+
+    def build() -> nn.Module:
+        model = job.model()
+        if not isinstance(model, nn.Module):
+            raise _argument_error(f"the model function must return an nn.Module, got {type(model).__name__}")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise _argument_error(f"the model {type(model).__name__} has no trainable parameter")
+        return model
+
+    process_bytes = read_process_memory().resident_bytes
+    return build_model(
+        build, job.config.seed, lambda needed: fits_beside(needed, process_bytes, memory.host_bytes), job.units
+    )
+
+
+def _filler(job: Job, built: Built, memory: Memory) -> Filler | None:
+    """What gives the model its first values; None: it has them.
+
+    Raises:
+        DoesNotFit: a model that its function could not build in full, and nothing else that gives values.
+        ValueError: a model on meta without anything that gives values.
+    """
+    kind = type(built.model).__name__
+    filler = make_filler(job.init, job.config.weights, job.config.seed, built.model)
+    if filler is None and not built.has_values:
+        if isinstance(job.model, nn.Module):
+            raise ValueError(
+                f"parameters of this {kind} are on torch's meta device, so they have no values; give init=f(module) or "
+                "weights='folder'"
+            )
+        budget = format_bytes(memory.host_bytes or 0)
+        raise DoesNotFit(
+            f"this {kind} takes {format_bytes(built.num_bytes)} as its function builds it, and the host budget of "
+            f"{budget} does not have that beside the process and one more copy of the largest unit, so its own "
+            "initialisation cannot run. Give init=f(module), which initialises one unit at a time, weights='folder' "
+            "with safetensors files, or more memory"
+        )
+    bare = meta_buffers(built.model)
+    if bare:
+        raise ValueError(
+            f"buffers of this {kind} are on torch's meta device, and nothing gives them values: {', '.join(bare[:4])}"
+            f"{', ...' if len(bare) > 4 else ''}; build the model by a function without torch.device('meta'), which "
+            "leaves buffers real, or give weights= that hold them"
+        )
+    return filler
 
 
 def _argument_error(message: str) -> ValueError:

@@ -28,11 +28,22 @@ from outgrow.runtime.config import Job, RuntimeConfig, TrainConfig, check_batch_
         ({"zero": True}, "zero"),
         ({"shuffle": 1}, "shuffle"),
         ({"seed": -1}, "seed"),
+        ({"weights": 3}, "weights must be a path or None, got 3"),
+        ({"weights": ""}, "weights must be a path"),
+        ({"weights": b"folder"}, "weights must be a path"),
+        ({"weights": "s3://bucket/model"}, r"that every worker can open, got 's3://bucket/model'"),
     ],
 )
 def test_train_config_refuses(arguments, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**arguments)
+
+
+def test_weights_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert TrainConfig(weights="my folder/w").weights == str(tmp_path / "my folder" / "w")
+    assert TrainConfig(weights=tmp_path).to_json()["weights"] == str(tmp_path)
+    assert TrainConfig().weights is None
 
 
 def test_train_config_defaults_and_json():
@@ -88,6 +99,8 @@ def test_runtime_config_takes_a_memory():
         ({"loss": "mse"}, "loss must be a function or None"),
         ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())}, "optimizer must be a function"),
         ({"callbacks": (print,)}, "outgrow.Callback objects"),
+        ({"init": "normal"}, "init must be a function or None, got 'normal'"),
+        ({"init": print, "config": TrainConfig(weights="w")}, "init= and weights= both say"),
     ],
 )
 def test_job_refuses(arguments, words):

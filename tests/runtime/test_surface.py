@@ -54,6 +54,8 @@ def test_train_arguments():
         "forward": None,
         "seed": 0,
         "units": None,
+        "init": None,
+        "weights": None,
     }
 
 
