@@ -240,3 +240,27 @@ def _staging(num_bytes: int) -> torch.Tensor:
 def plain_bits(name: str, moves: bool = False, together: bool = False) -> Bits:
     """As PyTorch does it; without `moves` there are no saved-tensor hooks at all."""
     return UnitRuns(name, ("keep",), moves=moves, together=together).step()
+
+
+def run(module: nn.Module, *args: Any, seed: int = 5, **kwargs: Any) -> tuple[list[Any], Any]:
+    """Gradients of inputs and parameters, and the output."""
+    torch.manual_seed(seed)
+    module.zero_grad()
+    output = module(*args, **kwargs)
+    leaves = tree_leaves(output)
+    sum((leaf**2).sum() for leaf in leaves if isinstance(leaf, torch.Tensor)).backward()
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    gradients = [t.grad for t in [*inputs, *module.parameters()]]
+    for tensor in inputs:
+        tensor.grad = None
+    return [None if grad is None else grad.clone() for grad in gradients], output
+
+
+def same(mine: list[Any], its: list[Any]) -> bool:
+    return len(mine) == len(its) and all(
+        a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(mine, its, strict=True)
+    )
+
+
+def leaf(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
