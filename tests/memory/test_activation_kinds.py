@@ -7,6 +7,7 @@ import pytest
 import torch
 from saving import Keeper, away_and_back, staging_of, through
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from outgrow.memory.activations import ALIGN_BYTES, ActivationStore
 
@@ -103,6 +104,27 @@ def test_a_storage_is_stored_once_and_only_what_was_saved_of_it() -> None:
     assert store.statistics().here_bytes == 600 * 4 + (1000 * 4) % ALIGN_BYTES
     assert second.data_ptr() - first.data_ptr() == 200 * 4
     store.clear()
+
+
+def test_the_first_and_the_last_byte_may_come_from_any_of_the_views() -> None:
+    store = ActivationStore()
+    whole = torch.arange(5000.0)
+    starts = (1700, 1000, 2900, 1300, 2300, 1100, 2000)
+    views = through(store, *[whole[start : start + 100] for start in starts])
+    assert all(torch.equal(view, whole[start : start + 100]) for view, start in zip(views, starts, strict=True))
+    assert store.statistics().here_bytes == 2000 * 4 + (1000 * 4) % ALIGN_BYTES
+
+
+def test_an_empty_view_does_not_keep_its_storage() -> None:
+    store = ActivationStore()
+    storage = torch.randn(5000)
+    reference = StorageWeakRef(storage.untyped_storage())
+    with store.hooks(0, 0):
+        y = Keeper.apply(torch.zeros(2, requires_grad=True), [], storage[:0], storage.view(50, 100)[:, :0])
+    assert store.bytes_needed(0, 0) == 0
+    del storage
+    assert reference.expired()
+    y.sum().backward()
 
 
 def test_every_tensor_keeps_its_alignment() -> None:
