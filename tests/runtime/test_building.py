@@ -135,6 +135,22 @@ def test_attributes_and_classes_of_parameters_stay():
     assert weight.no_decay
 
 
+def test_a_module_that_keeps_a_list_of_its_parameters_hears_of_placeholders():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = {}
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if isinstance(value, nn.Parameter):
+                self.kept[name] = value
+
+    model = build_model(Keeps, 0, never).model
+    assert model.kept["weight"] is model.weight
+
+
 def test_counting_leaves_no_trace_in_random_numbers():
     def build() -> nn.Module:
         model = nn.Linear(2, 2)
