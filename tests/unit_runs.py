@@ -157,9 +157,12 @@ class UnitRuns:
             handles.append(unit.module.register_forward_hook(self._after))
             if self.policies[number % len(self.policies)] == "recompute":
                 recomputed.append(Recomputed(unit.module, unit.name).install())
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
         try:
             return self._step(micro_batches)
         finally:
+            torch.set_num_threads(num_threads)
             for handle in [*handles, *recomputed]:
                 handle.remove()
 

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -229,6 +230,50 @@ def test_backward_in_another_thread_than_forward_and_moves() -> None:
     store.release(0, 0)
     (plain,) = torch.autograd.grad(x.exp().tanh().sum(), x)
     assert torch.equal(x.grad, plain)
+
+
+def test_a_lane_saves_and_loads_while_others_compute() -> None:
+    """SAVE of a unit runs beside the forwards that follow, LOAD beside the backwards before."""
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        return x + (x * 1.5).sin().exp().tanh()
+
+    x = torch.randn(200, 100, requires_grad=True)
+    plain = y = x
+    for _ in range(40):
+        plain = unit(plain)
+    plain.sum().backward()
+    expected, x.grad = x.grad, None
+
+    store = ActivationStore()
+    away: list[torch.Tensor] = []
+    outputs = []
+
+    def save(run: int) -> None:
+        staging = staging_of(store.bytes_needed(run, 0))
+        store.save(run, 0, staging)
+        away.append(staging)
+
+    with ThreadPoolExecutor(1) as lane:
+        saves = []
+        for run in range(40):
+            y = y.detach().requires_grad_() if run else x
+            with store.hooks(run, 0):
+                out = unit(y)
+            outputs.append((y, out))
+            saves.append(lane.submit(save, run))
+            y = out
+        loads = [lane.submit(lambda run=run: store.load(run, 0, away[run])) for run in reversed(range(40))]
+        gradient = torch.ones_like(y)
+        for run, future in zip(reversed(range(40)), loads, strict=True):
+            future.result()
+            start, out = outputs.pop()
+            out.backward(gradient)
+            gradient = start.grad
+            store.release(run, 0)
+        assert all(future.result() is None for future in saves)
+    assert torch.equal(x.grad, expected)
+    assert store.statistics() == ActivationStatistics(0, 0, 0, 0)
 
 
 # ---- mistakes
