@@ -98,6 +98,7 @@ class MemoryProfile:
         peak_bytes: of the whole pass, everything kept, without gradients of parameters.
         summing_peak_bytes: likewise with each gradient from its making until it is added to a sum that lies elsewhere.
         collecting_peak_bytes: likewise with each gradient from its making to the end.
+        library_bytes: what libraries of kernels keep for the whole process after the first pass; in no other number.
     """
 
     trace: Trace
@@ -111,6 +112,7 @@ class MemoryProfile:
     peak_bytes: int
     summing_peak_bytes: int
     collecting_peak_bytes: int
+    library_bytes: int
 
     def staging_bytes(self, run: int) -> int:
         """Of a buffer that holds everything that unit run `run` was the first to save, each storage at a multiple of
@@ -190,6 +192,7 @@ def _profile(trace: Trace, watch: StorageWatch, how: str, names: Sequence[str]) 
         replay.peak_bytes,
         replay.summing_peak_bytes,
         replay.collecting_peak_bytes,
+        watch.library_bytes,
     )
 
 

@@ -85,7 +85,7 @@ class Replay:
         self._keep, self._own, self._unsaved = _Level(), _Level(), _Level()
         self._summing, self._collecting, self._staying = _Level(), _Level(), _Level()
         self._all = (self._keep, self._own, self._unsaved, self._summing, self._collecting, self._staying)
-        self._referred: dict[int, Record] = {}
+        self._referred: dict[int, int] = {}
         self._saved: dict[int, int] = {}
         self._born: dict[int, Record] = {}  # in this phase, and alive
         self._complete_bytes = 0  # of gradients, in this phase
@@ -116,13 +116,15 @@ class Replay:
         if event is Event.MADE:
             self._born[key] = record
         if event in (Event.MADE, Event.REFERRED):
-            self._referred[key] = record
-            if is_own:
+            self._referred[key] = self._referred.get(key, 0) + 1
+            if is_own and self._referred[key] == 1:
                 self._unsaved.add(num_bytes)
         elif event is Event.UNREFERRED:
-            del self._referred[key]
-            self.dropped_in.setdefault(key, self._phase)  # a tensor remade in backward comes and goes later
-            if is_own:
+            self._referred[key] -= 1
+            if not self._referred[key]:
+                del self._referred[key]
+                self.dropped_in.setdefault(key, self._phase)  # a tensor remade in backward comes and goes later
+            if is_own and key not in self._referred:
                 self._unsaved.add(-num_bytes)
         elif event is Event.SAVED:
             self._saved[key] = self._saved.get(key, 0) + 1

@@ -8,7 +8,6 @@ lasts. A note becomes a tensor again when the backward pass asks for it.
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -43,6 +42,8 @@ class Record:
         passed_to: unit runs that were given it.
         returned_by: unit runs that returned it.
         is_gradient: of a parameter.
+        num_notes: how often it is saved now.
+        remade: what stands for it in backward, until it is not saved any more.
     """
 
     num_bytes: int
@@ -51,7 +52,8 @@ class Record:
     passed_to: list[int] = field(default_factory=list)
     returned_by: list[int] = field(default_factory=list)
     is_gradient: bool = False
-    storage: Callable[[], Any] = lambda: None
+    num_notes: int = 0
+    remade: torch.Tensor | None = None
 
 
 class StorageWatch:
@@ -64,6 +66,8 @@ class StorageWatch:
     def __init__(self, replaces: bool) -> None:
         self.events: list[tuple[Event, Record | None, Any]] = []
         self.records: list[Record] = []
+        self.library_bytes = 0
+        self._largest_kept_bytes = 0
         self._replaces = replaces
         self._phase: Any = None
         self._unit: int | None = None
@@ -93,7 +97,13 @@ class StorageWatch:
     def workspace(self, num_bytes: int) -> None:
         self.events.append((Event.WORKSPACE, None, num_bytes))
 
-    def made(self, tensor: torch.Tensor) -> Record | None:
+    def library(self, num_bytes: int) -> None:
+        """A kernel's library takes this, and keeps it for its next calls: only a larger one is new."""
+        if num_bytes > self._largest_kept_bytes:
+            self._largest_kept_bytes = num_bytes
+            self.library_bytes += num_bytes
+
+    def made(self, tensor: torch.Tensor, least_bytes: int = 0) -> Record | None:
         """An operator returned this tensor: the record of its storage, None where that is not counted."""
         if tensor.layout is not torch.strided:
             return None
@@ -105,7 +115,7 @@ class StorageWatch:
             self._follow(storage, record)
             return record
         if known is None:
-            record = Record(storage.nbytes(), self._phase)
+            record = Record(max(storage.nbytes(), least_bytes), self._phase)
             self.records.append(record)
             self.events.append((Event.MADE, record, None))
             self._follow(storage, record)
@@ -145,8 +155,7 @@ class StorageWatch:
                 del self._known[address]
                 self.events.append((Event.UNREFERRED, record, None))
 
-        record.storage = weakref.ref(storage, gone)
-        self._known[address] = (record, record.storage)
+        self._known[address] = (record, weakref.ref(storage, gone))
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         record = self.find(tensor)
@@ -154,6 +163,7 @@ class StorageWatch:
             return tensor
         if self._unit not in record.saved_by:
             record.saved_by.append(self._unit)
+        record.num_notes += 1
         self.events.append((Event.SAVED, record, None))
         return _Note(self, record, tensor, keeps=not self._replaces)
 
@@ -163,16 +173,14 @@ class StorageWatch:
         return packed.kept if packed.kept is not None else self._remade(packed)
 
     def _remade(self, note: "_Note") -> torch.Tensor:
-        storage = note.record.storage()
-        if storage is not None:
-            whole = torch.empty(0, dtype=note.dtype, device=note.device)
-            whole.set_(storage, 0, (storage.nbytes() // note.dtype.itemsize,), (1,))
-        else:
-            self._returning = note.record
-            whole = torch.empty(-(-note.record.num_bytes // note.dtype.itemsize), dtype=note.dtype, device=note.device)
+        record = note.record
+        if record.remade is None or record.remade.dtype is not note.dtype:
+            self._returning = record
+            whole = torch.empty(-(-record.num_bytes // note.dtype.itemsize), dtype=note.dtype, device=note.device)
             self.made(whole)  # where the recorder does not see it
             self._returning = None
-        return whole.as_strided(note.shape, note.stride, note.offset)
+            record.remade = whole
+        return record.remade.as_strided(note.shape, note.stride, note.offset)
 
 
 class _Note:
@@ -187,3 +195,6 @@ class _Note:
     def __del__(self) -> None:
         if self.watch._open:
             self.watch.events.append((Event.RELEASED, self.record, None))
+            self.record.num_notes -= 1
+            if not self.record.num_notes:
+                self.record.remade = None

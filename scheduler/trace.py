@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..parallel.units import Unit
 from .storage_watch import StorageWatch
 from .twin import Shapes, Twin, fake_twin, meta_twin
-from .workspace import workspace_bytes
+from .workspace import hidden_bytes, library_bytes, workspace_bytes
 
 __all__ = ["Call", "Phase", "Trace", "record", "record_without_values", "trace_model"]
 
@@ -262,9 +262,11 @@ class _Recorder(TorchDispatchMode):
                     raise RuntimeError("the copy of the model reaches back to the model's own parameters")
         result = func(*args, **kwargs)
         if self.watch is not None:
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            for leaf in made:
-                self.watch.made(leaf)
+            made = _tensors(result)
+            larger = hidden_bytes(func, args)
+            for position, leaf in enumerate(made):
+                self.watch.made(leaf, larger.get(position, 0))
+            self.watch.library(library_bytes(func, args))
             if extra := workspace_bytes(func, args, made):
                 self.watch.workspace(extra)
         return result
