@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from outgrow import Callback, Memory, Runtime
-from outgrow.memory.errors import NotFinite
+from outgrow.memory.errors import DoesNotFit, NotFinite
 from outgrow.runtime.data import DataError
 from outgrow.runtime.result import Metrics, Result
 from outgrow.scheduler.plan import Plan
@@ -118,6 +118,80 @@ def test_a_model_function_gives_the_same_weights_each_time(tmp_path):
         return runtime(tmp_path).train(build, regression(), nn.functional.mse_loss, SGD, steps=1, seed=seed).metrics
 
     assert train(1)[0]["loss"] == train(1)[0]["loss"] != train(2)[0]["loss"]
+
+
+def tokens(num_samples=8):
+    values = torch.randint(0, 10, (num_samples, 3), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(values, values)
+
+
+def cross_entropy(output, target):
+    return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def normal(module):
+    for parameter in module.parameters(recurse=False):
+        nn.init.normal_(parameter)
+
+
+def train_tied(tmp_path, model, steps=2, **arguments):
+    return runtime(tmp_path).train(model, tokens(), cross_entropy, SGD, batch_size=4, steps=steps, **arguments)
+
+
+def build_tied():
+    return Tied()
+
+
+def on_meta():
+    with torch.device("meta"):
+        model = Tied()
+    model.scale = torch.tensor(2.0)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_goes_on_from_the_weights_of_another(tmp_path, precision, monkeypatch):
+    whole = train_tied(tmp_path, build_tied, steps=4, precision=precision)
+    first = train_tied(tmp_path, build_tied, precision=precision)
+    for model, fits in ((build_tied, True), (build_tied, False), (Tied(), True), (on_meta(), True)):
+        monkeypatch.setattr("outgrow.runtime.worker.fits_beside", lambda *sizes, fits=fits: fits)
+        result = train_tied(tmp_path, model, precision=precision, weights=first.path)
+        assert [row["loss"] for row in result.metrics] == [row["loss"] for row in whole.metrics][2:]
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in result.state_dict().items())
+
+
+def test_what_init_gives_does_not_depend_on_whether_the_model_fits(tmp_path, monkeypatch):
+    results = []
+    for model, fits in ((build_tied, True), (build_tied, False), (Tied(), True), (on_meta(), True)):
+        monkeypatch.setattr("outgrow.runtime.worker.fits_beside", lambda *sizes, fits=fits: fits)
+        results.append(train_tied(tmp_path, model, init=normal, seed=5))
+    states = [result.state_dict() for result in results]
+    assert all(torch.equal(state[name], value) for state in states for name, value in states[0].items())
+    other = train_tied(tmp_path, build_tied, init=normal, seed=6)
+    assert not torch.equal(other.state_dict()["inner.weight"], states[0]["inner.weight"])
+
+
+def test_values_of_ones_own_are_never_replaced_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr("outgrow.runtime.worker.fits_beside", lambda *sizes: False)
+    with pytest.raises(DoesNotFit, match=r"this Tied takes .* Give init=f\(module\)"):
+        train_tied(tmp_path, build_tied)
+    with pytest.raises(ValueError, match=r"init= left .*without values"):
+        train_tied(tmp_path, build_tied, init=lambda module: None)
+
+
+def test_weights_are_checked_before_a_folder_is_made(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not those of this model.*Not in the model: weight"):
+        train_tied(tmp_path, Tied(), weights=tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        train_tied(tmp_path, build_tied, weights=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="init= and weights= both"):
+        train_tied(tmp_path, build_tied, weights=tmp_path, init=normal)
+    assert not (tmp_path / "my runs").exists()
+    with pytest.raises(ValueError, match="not those of this model"):
+        train_tied(tmp_path, build_tied, weights=tmp_path)
 
 
 def test_callbacks_see_the_run(tmp_path):
