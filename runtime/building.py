@@ -144,9 +144,12 @@ class _Counter:
 
 @contextmanager
 def _parameters_on_meta(counter: _Counter) -> Iterator[None]:
-    """Every parameter that is registered meanwhile goes to `meta`; one registered twice stays one parameter."""
+    """Every parameter that is registered meanwhile goes to `meta`; one registered twice stays one parameter.
+
+    What moves or converts a model (`.to("cpu")`, `.bfloat16()`) changes dtypes there, and leaves it on `meta`.
+    """
     twins: Any = WeakTensorKeyDictionary()  # the parameter as it was registered -> on meta; the first is let go
-    register = nn.Module.register_parameter
+    register, apply = nn.Module.register_parameter, nn.Module._apply
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
@@ -157,11 +160,19 @@ def _parameters_on_meta(counter: _Counter) -> Iterator[None]:
             counter.num_bytes += param.nbytes
         self._parameters[name] = twins[param]
 
-    nn.Module.register_parameter = register_on_meta
+    def apply_on_meta(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def keeping_meta(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_meta:
+                return fn(tensor)
+            return torch.empty_like(tensor, dtype=fn(torch.empty(0, dtype=tensor.dtype)).dtype)
+
+        return apply(self, keeping_meta, recurse)
+
+    nn.Module.register_parameter, nn.Module._apply = register_on_meta, apply_on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter, nn.Module._apply = register, apply
 
 
 @contextmanager
@@ -186,8 +197,8 @@ def _cannot_count(error: Exception, num_bytes: int) -> DoesNotFit:
     return DoesNotFit(
         "the function that builds the model was called without memory for its parameters, because they need more than "
         f"the budget has ({format_bytes(num_bytes)} when it stopped), and raised {type(error).__name__}: {error}. It "
-        "may set up layers and buffers, but not read parameters' values, assign to their .data, or move them; take "
-        "that out of it and give init= or weights=, or give more memory"
+        "may set up layers and buffers, but not read parameters' values or assign to their .data; take that "
+        "out of it and give init= or weights=, or give more memory"
     )
 
 

@@ -21,7 +21,7 @@ from outgrow.runtime.building import (
 )
 
 NAMES = list(CASES)
-REGISTER = nn.Module.register_parameter
+REGISTER, APPLY = nn.Module.register_parameter, nn.Module._apply
 
 
 def never(num_bytes: int) -> bool:
@@ -133,6 +133,26 @@ def test_attributes_and_classes_of_parameters_stay():
     weight = build_model(Model, 0, never).model.weight
     assert isinstance(weight, Special)
     assert weight.no_decay
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (lambda model: model.to("cpu"), torch.float32),
+        (lambda model: model.to("cpu", torch.bfloat16), torch.bfloat16),
+        (lambda model: model.half().eval(), torch.float16),
+        (lambda model: model.to_empty(device="cpu"), torch.float32),
+        (lambda model: model.to(memory_format=torch.channels_last), torch.float32),
+    ],
+)
+def test_a_function_may_move_and_convert_what_it_builds(change, dtype):
+    for name in ("conv", "lstm", "gpt-tied"):
+        model = build_model(lambda name=name: change(CASES[name].build()), 0, never).model
+        assert all(is_placeholder(parameter) for parameter in model.parameters())
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not meta_buffers(model)
+    assert model.head.weight is model.tok.weight
+    assert nn.Module._apply is APPLY
 
 
 def test_a_module_that_keeps_a_list_of_its_parameters_hears_of_placeholders():
