@@ -48,6 +48,7 @@ def _run(
     warmup: int | None,
     configs: tuple[str, ...] | None = None,
     with_extras: bool = True,
+    folder: str | None = None,
 ) -> None:
     from rich.console import Console
 
@@ -61,6 +62,7 @@ def _run(
         num_warmup=case.default.num_warmup if warmup is None else warmup,
         configs=configs or case.default.configs,
         with_extras=with_extras,
+        folder=folder,
     )
     errors = Console(stderr=True)
     try:
@@ -98,6 +100,19 @@ def memory(json: _Json = None, rounds: _Rounds = None, warmup: _Warmup = None) -
 def collectives(json: _Json = None, rounds: _Rounds = None, warmup: _Warmup = None) -> None:
     """Gather and reduce: the transports against raw gloo and a memory copy."""
     _run("collectives", json, rounds, warmup)
+
+
+@app.command()
+def disk(
+    folder: Annotated[
+        str | None, typer.Option("--folder", help="Where to write; by default the first usual one on a disk.")
+    ] = None,
+    json: _Json = None,
+    rounds: _Rounds = None,
+    warmup: _Warmup = None,
+) -> None:
+    """The disk lanes alone against fio, read, written and both at once."""
+    _run("disk", json, rounds, warmup, folder=folder)
 
 
 @app.command()

@@ -31,6 +31,7 @@ class Options:
         num_warmup: rounds before them that are thrown away.
         configs: model configurations, for the cases that train one.
         with_extras: also the contestants that no target names.
+        folder: for the cases that measure a disk; None: one is found.
 
     Raises:
         ValueError: no rounds, a negative warm-up, or no configuration.
@@ -40,6 +41,7 @@ class Options:
     num_warmup: int = 2
     configs: tuple[str, ...] = ("S", "M")
     with_extras: bool = True
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1 or self.num_warmup < 0:
@@ -93,6 +95,12 @@ CASES: tuple[Case, ...] = (
         "gather and reduce, 1 to 64 MiB: the transports against raw gloo and a memory copy",
         ".case_collectives",
         Options(num_rounds=7, num_warmup=2),
+    ),
+    Case(
+        "disk",
+        "the disk lanes alone against fio: 1 to 16 MiB, 1 to 8 in flight, reads, writes and both",
+        ".case_disk",
+        Options(num_rounds=3, num_warmup=0),
     ),
 )
 
