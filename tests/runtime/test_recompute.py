@@ -121,6 +121,31 @@ def test_it_saves_nothing_but_its_inputs_and_runs_twice() -> None:
         gc.enable()
 
 
+def test_what_was_recomputed_is_gone_when_backward_comes_to_the_unit_before() -> None:
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.BatchNorm1d(256), nn.Linear(256, 64)) for _ in range(3)]
+    storages: list[StorageWeakRef] = []
+    alive: list[int] = []
+    for block in blocks:
+        Recomputed(block).install()
+    gc.disable()  # going out of scope is enough
+    try:
+        x = torch.randn(32, 64)
+        for block in blocks:
+            x = block(x)
+            x.register_hook(lambda _: alive.append(sum(not storage.expired() for storage in storages)))
+        loss = x.sum()
+        for block in blocks:
+            block[1].register_forward_hook(
+                lambda _m, _a, output: storages.append(StorageWeakRef(output.untyped_storage()))
+            )
+        loss.backward()
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+    assert len(storages) == 3
+    assert all(storage.expired() for storage in storages)
+
+
 def test_without_gradients_it_passes_through() -> None:
     block = Counting(nn.Linear(4, 4))
     with Recomputed(block), torch.no_grad():
