@@ -3,6 +3,7 @@
 Owns sizes as text, their check, and detection from the cgroup or machine. Does not own what fills the budget.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -52,24 +53,58 @@ def format_bytes(num_bytes: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Budgets per worker.
+    """Budgets per worker: `Memory(host="6GiB", disk="/scratch", disk_limit="200GiB")`.
 
     Attributes:
+        device: of accelerator memory; on a machine without one it needs `unified=False`, which forces a separate arena
+            and real copies.
         host: for the whole worker process as the kernel counts it, interpreter and libraries included.
+        disk: a folder on the disk that may hold what does not fit into memory; None: nothing goes to disk.
+        disk_limit: the most that a worker may store there; None: what is free.
+        unified: whether device and host are the same bytes; None: as the machine is.
 
     Raises:
-        ValueError: a size that is none.
+        ValueError: a size that is none, or settings that do not go together.
     """
 
+    device: int | str | None = None
     host: int | str | None = None
+    disk: str | os.PathLike[str] | None = None
+    disk_limit: int | str | None = None
+    unified: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.host is not None:
-            parse_bytes(self.host, "Memory(host)")
+        for name in ("device", "host", "disk_limit"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_bytes(value, f"Memory({name})")
+        if self.disk is None and self.disk_limit is not None:
+            raise ValueError(f"Memory(disk_limit={self.disk_limit!r}) without disk=: give the folder that it limits")
+        if self.disk is not None and (not isinstance(self.disk, str | os.PathLike) or not os.fspath(self.disk)):
+            raise ValueError(f"Memory(disk={self.disk!r}): the path of a folder on a disk, e.g. disk='/scratch'")
+        if self.unified not in (None, True, False):
+            raise ValueError(f"Memory(unified={self.unified!r}): True, False, or None for what the machine is")
+        if self.unified and self.device is not None:
+            raise ValueError(
+                f"Memory(device={self.device!r}, unified=True): on a unified machine device and host are the same "
+                "bytes; give host= alone, or unified=False"
+            )
 
     @property
     def host_bytes(self) -> int | None:
         return None if self.host is None else parse_bytes(self.host, "Memory(host)")
+
+    @property
+    def device_bytes(self) -> int | None:
+        return None if self.device is None else parse_bytes(self.device, "Memory(device)")
+
+    @property
+    def disk_limit_bytes(self) -> int | None:
+        return None if self.disk_limit is None else parse_bytes(self.disk_limit, "Memory(disk_limit)")
+
+    @property
+    def disk_folder(self) -> str | None:
+        return None if self.disk is None else os.fspath(self.disk)
 
     @classmethod
     def detect(cls, num_workers: int = 1) -> "Memory":

@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 
 from .kernels import sum_ranks
-from .placement import CommonParameters, GatheredParameters, ParameterStore, WindowParameters
+from .placement import (
+    CommonParameters,
+    GatheredParameters,
+    OffloadedParameters,
+    ParameterStore,
+    WindowParameters,
+)
 from .sharding import shard_range
 from .shared_memory import SharedSegment, can_share, open_segment
 
@@ -72,6 +78,14 @@ class Transport(ABC):
             num_elems: of the whole chunk; divides by the ranks.
             sharded: whether the gathered copy is dropped between uses (else it always stays).
         """
+
+    def offloaded_parameters(self, num_elems: int, dtype: torch.dtype) -> OffloadedParameters:
+        """Storage for a chunk whose shards are at home on another tier; the gathered copy is dropped between uses."""
+
+        def all_gather(full: torch.Tensor, shard: torch.Tensor) -> None:
+            dist.all_gather_single(full, shard, group=self.group)
+
+        return OffloadedParameters(num_elems, dtype, self.size, self.rank, all_gather)
 
     @abstractmethod
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:

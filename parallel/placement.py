@@ -6,6 +6,7 @@ Owns the storage and what gathering and dropping do to it. Does not own when (pr
     WindowParameters     a full copy per rank in shared memory; gathering copies the peers' shards into one's own copy
     CommonParameters     one copy for all ranks in shared memory; gathering costs nothing
     GatheredParameters   a private shard; gathering is an all_gather into a copy that may be dropped
+    OffloadedParameters  a shard that is in memory only between attach and detach; gathering as above
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +16,14 @@ import torch
 
 from .sharding import shard_range
 
-__all__ = ["CommonParameters", "GatheredParameters", "LocalParameters", "ParameterStore", "WindowParameters"]
+__all__ = [
+    "CommonParameters",
+    "GatheredParameters",
+    "LocalParameters",
+    "OffloadedParameters",
+    "ParameterStore",
+    "WindowParameters",
+]
 
 
 class ParameterStore(ABC):
@@ -56,9 +64,9 @@ class ParameterStore(ABC):
 class LocalParameters(ParameterStore):
     """Everything is this rank's own."""
 
-    def __init__(self, num_elems: int, dtype: torch.dtype) -> None:
-        self.start, self.stop = 0, num_elems
-        self.shard = torch.zeros(num_elems, dtype=dtype)
+    def __init__(self, values: torch.Tensor) -> None:
+        self.start, self.stop = 0, values.numel()
+        self.shard = values
 
     @property
     def full(self) -> torch.Tensor:
@@ -180,3 +188,65 @@ class GatheredParameters(ParameterStore):
     @property
     def held_bytes(self) -> int:
         return self.shard.nbytes if self._full is None else self._full.nbytes + self.droppable * self.shard.nbytes
+
+
+class OffloadedParameters(ParameterStore):
+    """A shard at home on another tier: it is in memory only while a buffer that holds it is attached.
+
+    On a single rank (no `all_gather`) the shard is the full chunk.
+    """
+
+    def __init__(
+        self,
+        num_elems: int,
+        dtype: torch.dtype,
+        size: int = 1,
+        rank: int = 0,
+        all_gather: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        self.start, self.stop = shard_range(num_elems, size, rank)
+        self.dtype = dtype
+        self._num_elems = num_elems
+        self._all_gather = all_gather
+        self._nothing = torch.empty(0, dtype=dtype)
+        self.shard = self._nothing
+        self._full: torch.Tensor | None = None
+
+    @property
+    def full(self) -> torch.Tensor | None:
+        if self._all_gather is not None:
+            return self._full
+        return self.shard if self.is_attached else None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the shard is in memory."""
+        return self.shard is not self._nothing
+
+    def attach(self, shard: torch.Tensor) -> None:
+        """The shard lies in `shard` [stop - start] from now on."""
+        assert shard.numel() == self.stop - self.start and shard.dtype is self.dtype
+        self.shard = shard
+
+    def detach(self) -> None:
+        """The buffer is about to hold something else."""
+        self.shard = self._nothing
+
+    def gather(self) -> None:
+        if self._all_gather is None:
+            return
+        assert self.is_attached, "a shard is gathered that is not in memory"
+        if self._full is None:
+            self._full = torch.empty(self._num_elems, dtype=self.dtype)
+        self._all_gather(self._full, self.shard)
+
+    def drop(self) -> None:
+        self._full = None
+
+    def fill(self, values: torch.Tensor) -> None:
+        assert self.is_attached
+        self.shard.copy_(values[self.start : self.stop])
+
+    @property
+    def held_bytes(self) -> int:
+        return self.shard.nbytes + (0 if self._full is None else self._full.nbytes)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,62 +24,30 @@ from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
 from ..scheduler.passes import compile_program
-from ..scheduler.plan import plan_for_zero
-from ..scheduler.program import ChunkUse, Program, StepShape, UnitUse
+from ..scheduler.plan import MicroBatchOrder, Plan, plan_for_zero
+from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, call_loss, call_model, cast_floats, num_samples, num_tokens, split_batch
+from .constraints import Constraints
+from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
 from .executor import Executor
 from .model_state import ModelState
+from .offload import optim_layouts, state_extents
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .precision import cast_buffers, compute_dtypes
 from .saved_tensors import saved_by_place
+from .step_result import Statistics, StepResult
+from .step_shape import step_shape
+from .turns import Turns
 from .unit_hooks import UnitHooks
 from .weights import full_state_dict, write_weights
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from .filling import Filler
 
 __all__ = ["Engine", "Statistics", "StepResult"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step did.
-
-    Attributes:
-        step: its number, from 1.
-        loss: the mean over all samples of the global batch; the same on every rank.
-        grad_norm: the global gradient norm before clipping.
-        lr: learning rate of the first group in this step.
-        num_samples, num_tokens: of the global batch; tokens are the elements of the first integer tensor.
-        step_s: seconds on this rank.
-        peak_bytes: tier -> most bytes that this rank's process held.
-        timeline: this rank's.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float | None
-    lr: float
-    num_samples: int
-    num_tokens: int
-    step_s: float
-    peak_bytes: dict[str, int]
-    timeline: Timeline
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """A snapshot of the bytes of model state on this rank, read off the storages.
-
-    Attributes:
-        bytes_by_slot: now.
-        peak_bytes_by_slot: at the last step's fullest moment, the end of its backward.
-    """
-
-    bytes_by_slot: dict[str, int]
-    peak_bytes_by_slot: dict[str, int]
 
 
 class Engine:
@@ -99,6 +67,15 @@ class Engine:
         seed: of dropout and the like.
         units: names of the modules to schedule as units; None: found.
         transport: "shared-memory" or "gloo"; None: chosen by measurement.
+        offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters too);
+            None: as much as does not fit into the budget.
+        activations: of units: "keep", "recompute", "offload:host", "offload:disk"; one word for all units, or one for
+            each; None: "keep" where it fits.
+        order: of micro-batches: "sequential" or "by-unit"; None: the leaner one where the budget asks for it.
+        update: "after" or "backward" (a chunk as soon as its gradients are complete); None: "backward" where nothing
+            waits for the global gradient norm and something is on disk.
+        filler: gives parameters without values their first ones, unit by unit.
+        run_name: names the file on the disk tier.
 
     Raises:
         ValueError: arguments that cannot be, a model without trainable parameters, an optimizer that cannot be sharded.
@@ -121,6 +98,12 @@ class Engine:
         seed: int = 0,
         units: Sequence[str] | None = None,
         transport: str | None = None,
+        offload: str | None = None,
+        activations: str | Sequence[str] | None = None,
+        order: str | None = None,
+        update: str | None = None,
+        filler: "Filler | None" = None,
+        run_name: str = "run",
     ) -> None:
         check_arguments(model, micro_batches, clip_grad_norm)
         self.model = model
@@ -133,14 +116,19 @@ class Engine:
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
-        self.plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        self.memory = memory or Memory.detect(ranks)
+        constraints = Constraints(offload, activations, order, update)
+        constraints.check(self.memory, len(self._units), clips, micro_batches)
+        plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        self.plan: Plan = constraints.applied(plan, len(self._units))
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport) if ranks > 1 else None
-        self.memory = memory or Memory.detect(ranks)
         if check_fit(model, self._layouts, self.plan, self.memory):
             keep_freed_blocks()  # for the whole process: the next step uses the same memory again
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self.state = ModelState(model, self._layouts, self.plan, self._optimizer, self.transport, clip_grad_norm)
+        self._run_name = run_name
+        self._tier: DiskTier | None = None
+        self.state = self._open_state(clip_grad_norm, filler)
         cast_buffers(model, precision)
         self.lr_scheduler = lr_scheduler(self._optimizer.optimizer) if lr_scheduler else None
         self._executor = Executor(
@@ -150,12 +138,22 @@ class Engine:
                 Kind.REDUCE: self.state.reduce,
                 Kind.NORM: self._norm,
                 Kind.STEP: self.state.step,
+                Kind.READ: self.state.read,
+                Kind.WRITE: self.state.write,
             }
         )
         self._seed = seed
+        self._held: tuple[int, ...] = ()  # chunks used outside of units
+        self._turns = Turns(
+            self._executor,
+            lambda number: self.state.stash_gradients(self._held, number),
+            lambda number: self.state.restore_gradients(self._held, number),
+        )
         self._hooks = self._install_hooks()
         self._trace: Trace | None = None
         self._program: Program | None = None
+        self._is_carried = False  # whether the last step's writes are still to be done
+        self._losses: dict[int, float] = {}  # micro-batch -> its part of this rank's loss
         self._peak_slots: dict[str, int] = {}
         self._step = 0
         self.timeline = Timeline(())
@@ -206,13 +204,11 @@ class Engine:
             self._compile(micro)
             assert self._program is not None
             self.state.begin_step()
-            self._executor.begin(self._program)
-            for number, part in enumerate(micro):
-                if part is None:
-                    self._executor.skip_micro_batch(number)
-                else:
-                    self._run_micro_batch(number, part, num_samples(part), samples)
+            self._losses = {}
+            self._executor.begin(self._program if self._is_carried else self._program.without_carried())
+            self._run_micro_batches(micro, samples)
             self.timeline = self._executor.finish()
+            self._is_carried = self._program.num_carried > 0
         except BaseException as error:
             self._fail(error)
             raise
@@ -235,17 +231,18 @@ class Engine:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Full weights and buffers on the host, by the model's own names, tied ones under each. Collective."""
-        with self.gathered():
-            return full_state_dict(self.model, self.state, self._original_dtypes)
+        self._end_last_step()
+        return full_state_dict(self.model, self.state, self._original_dtypes)
 
     def export(self, path: Path | str) -> None:
         """Write the full weights to a safetensors file, on rank 0. Collective."""
-        with self.gathered():
-            write_weights(path if self.rank == 0 else None, self.model, self.state, self._original_dtypes)
+        self._end_last_step()
+        write_weights(path if self.rank == 0 else None, self.model, self.state, self._original_dtypes)
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
         """The model with all its weights in place, for evaluation between steps. Collective."""
+        self._end_last_step()
         self.state.gather_all()
         try:
             yield self.model
@@ -257,14 +254,41 @@ class Engine:
         return Statistics(self.state.held_bytes(), dict(self._peak_slots))
 
     def close(self) -> None:
-        """End the lanes and leave the group; the model keeps its (gathered) weights."""
+        """End the lanes and leave the group; the model keeps its (gathered) weights, but for those on disk."""
         self._hooks.remove()
         self._executor.close()
+        if self._tier is not None:
+            self._tier.close()
+            self._tier = None
         if self.transport is not None and not self.state.drops_copies:
             self.transport.close()
         self.transport = None
 
     # ---- one step
+
+    def _run_micro_batches(self, micro: Sequence[Any], samples: int) -> None:
+        for number, part in enumerate(micro):
+            if part is None:
+                self._executor.skip_micro_batch(number)
+            elif self.plan.order is MicroBatchOrder.SEQUENTIAL:
+                self._run_micro_batch(number, part, num_samples(part), samples)
+        if self.plan.order is MicroBatchOrder.BY_UNIT:
+            self._turns.run(
+                [
+                    (number, partial(self._run_micro_batch, number, part, num_samples(part), samples))
+                    for number, part in enumerate(micro)
+                    if part is not None
+                ]
+            )
+
+    def _end_last_step(self) -> None:
+        """Do what is left of the last step: its writes that were to run into the next one."""
+        if not self._is_carried:
+            return
+        assert self._program is not None
+        self._executor.begin(self._program.only_carried())
+        self._executor.finish()
+        self._is_carried = False
 
     def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
         self._hooks.begin_forward(self._step, number)
@@ -283,7 +307,9 @@ class Engine:
         self._hooks.begin_backward()
         loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
         self._hooks.end()
-        self.state.micro_loss += value * local / samples
+        # Before the micro-batch's end: from then on the norm, which exchanges the loss too, may run on its lane.
+        self._losses[number] = value * local / samples
+        self.state.micro_loss = sum(self._losses[each] for each in sorted(self._losses))
         self._executor.complete_micro_batch(number)
 
     def _forward(self, model: nn.Module, part: Any) -> Any:
@@ -315,6 +341,7 @@ class Engine:
         unit = self._hooks.name_of(running.index) if running is not None and running.index is not None else None
         self._hooks.end()
         self._executor.abort(error)
+        self._save_carried()
         self.state.forget_gradients()
         if not hasattr(error, "outgrow_step"):
             error.outgrow_step = self._step  # pyright: ignore[reportAttributeAccessIssue]
@@ -324,7 +351,46 @@ class Engine:
             place = f" in unit {unit} ({running})" if unit else ""
             error.add_note(f"rank {self.rank}, step {self._step}{place}")
 
+    def _save_carried(self) -> None:
+        """After a failed step: what it left undone of the writes of the step before."""
+        if not self._is_carried or self._program is None or not self._executor.ended:
+            return
+        self._executor.await_lanes()
+        for position in range(self._program.num_carried):
+            if not self._executor.is_done(position):
+                self.state.write(self._program.instructions[position].action)
+        self._is_carried = False
+
     # ---- before the first step
+
+    def _open_state(self, clip_grad_norm: float | None, filler: "Filler | None") -> ModelState:
+        """Put the model's state where the plan has its home."""
+        optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
+        extents = state_extents(self._layouts, self.plan, optims)
+        if extents:
+            folder = self.memory.disk_folder
+            assert folder is not None
+            self._tier = DiskTier(folder, self._run_name, self.rank, extents, self.memory.disk_limit_bytes)
+        fill = None
+        if filler is not None:
+            modules = {unit.name: unit.module for unit in self._units}
+            fill = lambda unit, tensors: filler.fill(unit, modules.get(unit, self.model), tensors)  # noqa: E731
+        try:
+            return ModelState(
+                self.model,
+                self._layouts,
+                self.plan,
+                self._optimizer,
+                self.transport,
+                clip_grad_norm,
+                self._tier,
+                optims,
+                fill,
+            )
+        except BaseException:
+            if self._tier is not None:
+                self._tier.close()
+            raise
 
     def _compile(self, micro: Sequence[Any]) -> None:
         """Record the order of units and compile the program, once."""
@@ -333,8 +399,7 @@ class Engine:
         part = next((part for part in micro if part is not None), None)
         if part is None:
             raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
-        needs_weights = self.state.drops_copies  # a model that cannot run on meta tensors runs for real
-        with self.gathered() if needs_weights else nullcontext():
+        with self.gathered() if self.state.drops_copies else nullcontext():  # in case the model has to run for real
             self._trace = trace_model(self.model, self._units, self._forward, part)
             if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
                 self._hooks.remove()
@@ -342,22 +407,16 @@ class Engine:
                 self._hooks = self._install_hooks()
                 self._trace = trace_model(self.model, self._units, self._forward, part)
         self._hooks.follow(self._trace)
-        chunk_of = {item.name: layout.index for layout in self._layouts for item in layout.fields}
-        units = tuple(
-            UnitUse(
-                self._units[call.unit].name,
-                tuple(sorted({chunk_of[name] for name in call.parameters})),
-                call.has_backward,
-            )
-            for call in self._trace.calls
-        )
-        root = {layout.index for layout in self._layouts if not any(layout.index in unit.chunks for unit in units)}
-        held = tuple(sorted(root | {chunk_of[name] for name in self._trace.between}))
-        chunks = tuple(ChunkUse(layout.num_bytes, layout.trainable) for layout in self._layouts)
-        self._program = compile_program(StepShape(units, chunks, held), self.plan)
+        shape = step_shape(self._trace, self._units, self.state.chunks)
+        self._held = shape.held
+        self._program = compile_program(shape, self.plan)
+        if self._tier is not None:
+            self._tier.lay_out(self._program)
 
     def _install_hooks(self) -> UnitHooks:
-        return UnitHooks(self._units, self._executor, (self._seed, self.rank), self._input_dtype)
+        return UnitHooks(
+            self._units, self._executor, (self._seed, self.rank), self._input_dtype, self._turns.advance_to
+        )
 
     def _input_dtype(self, module: nn.Module) -> torch.dtype | None:
         """In bf16, a unit's floating inputs come in the dtype of its parameters."""

@@ -11,7 +11,7 @@ the next `advance_to` or `complete_micro_batch` ends it. Every other lane is a t
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from types import TracebackType
 
 from ..memory.errors import LaneTimeout, OutOfOrder
@@ -53,6 +53,7 @@ class Executor:
         self._failure: BaseException | None = None
         self._closed = False
         self._cursor = 0
+        self._skipped: set[int] = set()  # micro-batches without a sample
         self._current: int | None = None
         self._current_start_s = 0.0
         self._start_s = 0.0
@@ -86,12 +87,7 @@ class Executor:
         """
         assert self._program is None, "a step is running already"
         assert not self._closed, "this executor is closed"
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._inside, self._deadline_s):
-                lanes = ", ".join(sorted(self._inside))
-                raise LaneTimeout(
-                    f"a step cannot begin: {lanes} did not leave the aborted one within {self._deadline_s:g} s"
-                )
+        self.await_lanes()
         for lane in program.by_lane:
             if lane is not Lane.COMPUTE and lane not in self._threads:
                 thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
@@ -104,6 +100,7 @@ class Executor:
             self._idle = {Lane.COMPUTE}
             self._failure = None
             self._cursor = 0
+            self._skipped = set()
             self._current = None
             self._spans = []
             self._start_s = self._clock()
@@ -131,10 +128,29 @@ class Executor:
                 self._current = position
                 self._current_start_s = self._clock()
                 return
-            if found.kind is Kind.F or (found.kind.is_compute and action.kind is Kind.F):
+            may_pass = found.micro_batch in self._skipped or not found.kind.is_compute
+            if not may_pass and (found.kind is Kind.F or action.kind is Kind.F):
                 raise OutOfOrder(f"the program has {found} next, the model came to {action}")
             self._pass(position)
         raise OutOfOrder(f"the program has no {action} left, the model came to it")
+
+    def next_compute(self, over: Set[int]) -> Action | None:
+        """The compute action that comes next, those of the micro-batches that are `over` left out."""
+        program = self._running_program()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        actions = (program.instructions[position].action for position in order[self._cursor :])
+        return next((a for a in actions if a.kind.is_compute and a.micro_batch not in over), None)
+
+    def pass_over(self, action: Action) -> None:
+        """Come to a backward action that no gradient reached: what lies before it is run, and it is done.
+
+        Raises:
+            OutOfOrder: it is a forward action, which the model should have come to.
+        """
+        if action.kind is Kind.F:
+            raise OutOfOrder(f"the program has {action} next, but the model left it out")
+        self.advance_to(action)
+        self._finish_current()
 
     def complete_micro_batch(self, micro_batch: int) -> None:
         """The backward of `micro_batch` is over: end the last action, pass over backwards that no gradient reached."""
@@ -145,17 +161,18 @@ class Executor:
             position = order[self._cursor]
             found = program.instructions[position].action
             if found.kind is Kind.F or found.micro_batch != micro_batch:
-                return
+                return  # what is left of it, where micro-batches take turns, is passed when the others come to it
             self._pass(position)
 
     def skip_micro_batch(self, micro_batch: int) -> None:
         """There is no sample for `micro_batch`: its forwards and backwards are done at once, all else runs."""
         program = self._running_program()
+        self._skipped.add(micro_batch)
         order = program.by_lane.get(Lane.COMPUTE, ())
         while self._cursor < len(order):
             position = order[self._cursor]
             if program.instructions[position].action.micro_batch != micro_batch:
-                return
+                return  # what is left of it, where micro-batches take turns, is passed when the others come to it
             self._pass(position)
 
     def finish(self) -> Timeline:
@@ -170,13 +187,35 @@ class Executor:
         while self._cursor < len(order):
             position = order[self._cursor]
             found = program.instructions[position].action
-            if found.kind is Kind.F:
+            if found.kind is Kind.F and found.micro_batch not in self._skipped:
                 raise OutOfOrder(f"the program has {found} next, but the model's step is over")
             self._pass(position)
         with self._changed:
             self._wait(lambda: self._idle >= program.by_lane.keys(), "the end of the step")
             self._program = None
         return Timeline(tuple(sorted(self._spans, key=lambda span: span.start_s)))
+
+    @property
+    def ended(self) -> bool:
+        """Whether a step has begun and was given up since."""
+        return self._program is None and self._failure is not None
+
+    def is_done(self, position: int) -> bool:
+        """Whether an instruction of the step that ran last was done."""
+        return bool(self._done[position])
+
+    def await_lanes(self) -> None:
+        """Wait until every lane has left the step that was aborted.
+
+        Raises:
+            LaneTimeout: they do not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._inside, self._deadline_s):
+                lanes = ", ".join(sorted(self._inside))
+                raise LaneTimeout(
+                    f"a step cannot begin: {lanes} did not leave the aborted one within {self._deadline_s:g} s"
+                )
 
     def abort(self, error: BaseException) -> None:
         """Give the step up: every lane stops at its next action, and every wait ends with `error`."""

@@ -7,8 +7,7 @@ The model keeps its own Parameter objects; their `.data` are views into the chun
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,36 +16,22 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..memory.chunk import ChunkLayout
 from ..parallel.actions import Action
-from ..parallel.placement import CommonParameters, GatheredParameters, LocalParameters, ParameterStore, WindowParameters
-from ..parallel.sharding import owned_pieces
-from ..scheduler.plan import Plan
+from ..parallel.placement import (
+    CommonParameters,
+    GatheredParameters,
+    WindowParameters,
+)
+from ..scheduler.plan import Plan, UpdateTime
+from .adopting import Adoption, Fill
+from .chunk_state import ChunkState, OptimLayout, OwnedPiece
+from .offload import OffloadedState
 from .optimizer import PiecewiseOptimizer
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from .disk_tier import DiskTier
 
-__all__ = ["ChunkState", "ModelState"]
-
-
-@dataclass
-class ChunkState:
-    """One chunk's slots on one rank.
-
-    Attributes:
-        master: float32 of the owned range where the model computes in another dtype, else None.
-        sums: float32 gradients summed over ranks and micro-batches: of the owned range, or of the whole chunk.
-        squares: sum of squares of `sums` over the owned range.
-        used: per field, whether any rank had a gradient in this step.
-    """
-
-    layout: ChunkLayout
-    store: ParameterStore
-    parameters: list[nn.Parameter]
-    master: torch.Tensor | None = None
-    sums: torch.Tensor | None = None
-    squares: float = 0.0
-    used: torch.Tensor | None = None
-    pieces: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)  # (field index, tensor, offset in sums)
+__all__ = ["ModelState"]
 
 
 class ModelState:
@@ -58,6 +43,9 @@ class ModelState:
         plan: what is sharded.
         optimizer: made from the model's parameters, before they are moved.
         transport: None on a single rank.
+        tier: the disk tier, where the plan uses it.
+        optims: per chunk, where its optimizer slots lie on disk, or None.
+        fill: gives the values, unit by unit; None: the model has them.
     """
 
     def __init__(
@@ -68,6 +56,9 @@ class ModelState:
         optimizer: PiecewiseOptimizer,
         transport: "Transport | None",
         clip_grad_norm: float | None,
+        tier: "DiskTier | None" = None,
+        optims: Sequence[OptimLayout | None] = (),
+        fill: Fill | None = None,
     ) -> None:
         self._plan = plan
         self._optimizer = optimizer
@@ -75,11 +66,19 @@ class ModelState:
         self._clip_grad_norm = clip_grad_norm
         self._by_name = dict(model.named_parameters())
         self._placeholders = {layout.dtype: torch.empty(0, dtype=layout.dtype) for layout in layouts}
+        self._nothing = torch.empty(0)
+        self._gathered_all = ExitStack()
         self._reduces = transport is not None or plan.precision != "float32"
         self.grad_norm: float | None = None
         self.loss = 0.0
         self.micro_loss = 0.0
-        self.chunks = [self._adopt(layout) for layout in layouts]
+        self._norms: dict[str, torch.Tensor] = {}
+        self._stashed: dict[tuple[int, int], torch.Tensor | None] = {}  # (micro-batch, parameter) -> gradient
+        self._offloaded = OffloadedState(tier, optimizer, self._point_at_full) if tier is not None else None
+        self.chunks: list[ChunkState] = []
+        adoption = Adoption(self._by_name, plan, transport, self._offloaded, optims, self._point_at_full)
+        for chunk in adoption.chunks(layouts, fill):
+            self.chunks.append(chunk)
         self._place_of = {
             item.name: (chunk, index) for chunk in self.chunks for index, item in enumerate(chunk.layout.fields)
         }
@@ -110,8 +109,20 @@ class ModelState:
 
     def drop(self, action: Action) -> None:
         chunk = self._chunk(action)
+        if action.slot is not None:
+            assert self._offloaded is not None
+            self._offloaded.drop(chunk, action)
+            return
         chunk.store.drop()
         self._point_at_full(chunk)
+
+    def read(self, action: Action) -> None:
+        assert self._offloaded is not None
+        self._offloaded.read(self._chunk(action), action)
+
+    def write(self, action: Action) -> None:
+        assert self._offloaded is not None
+        self._offloaded.write(self._chunk(action), action)
 
     def reduce(self, action: Action) -> None:
         """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
@@ -139,6 +150,11 @@ class ModelState:
         """The global gradient norm, the step's loss, and clipping (ALGORITHMS 1.8)."""
         if self._transport is None:
             self.loss = self.micro_loss
+            if self._plan.update is UpdateTime.BACKWARD:  # the gradients are gone, each one's norm was taken before
+                norms = [self._norms[name] for name in self._by_name if name in self._norms]
+                self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+                self._norms = {}
+                return
             named = [(name, self._local_gradient(name)) for name in self._by_name]
             gradients = [gradient for _, gradient in named if gradient is not None]
             total = get_total_norm(gradients) if gradients else torch.zeros(())
@@ -161,17 +177,53 @@ class ModelState:
     def step(self, action: Action) -> None:
         """Update the pieces of a chunk that this rank owns, and forget their gradients."""
         chunk = self._chunk(action)
-        for index, piece, offset in chunk.pieces:
-            if not self._reduces:
-                gradient = chunk.parameters[index].grad
-                chunk.parameters[index].grad = None
-                piece.grad = None if gradient is None else gradient.view(piece.shape)
-            elif chunk.used is not None and chunk.used[index] and chunk.sums is not None:
-                piece.grad = chunk.sums[offset : offset + piece.numel()].view(piece.shape)
+        if self._transport is None and self._plan.update is UpdateTime.BACKWARD:
+            self._take_norms(chunk)
+        base = chunk.master if chunk.has_master else chunk.store.shard
+        for piece in chunk.pieces:
+            tensor = piece.tensor
+            if chunk.moves_pieces:
+                assert base is not None
+                tensor.data = base[piece.start : piece.start + piece.num_elems]
+            tensor.grad = self._gradient_of(chunk, piece)
+        if not self._reduces:
+            for parameter in chunk.parameters:
+                parameter.grad = None
+        if chunk.optim is not None:  # slots that are made now go to their buffer one after the other
+            for piece in chunk.pieces:
+                if not self._optimizer.has_slots(piece.tensor):
+                    self._optimizer.step_piece(piece.tensor)
+                    self._optimizer.move_into(piece.tensor, chunk.slots_of(piece))
         self._optimizer.step(chunk.layout.index)
+        for piece in chunk.pieces:
+            if chunk.optim is not None:
+                self._optimizer.move_into(piece.tensor, chunk.slots_of(piece))
+            if chunk.moves_pieces:
+                piece.tensor.data = self._nothing
         if chunk.master is not None:
             chunk.store.shard.copy_(chunk.master)
         chunk.used = None
+        if self._plan.update is UpdateTime.BACKWARD:
+            chunk.sums = None
+
+    def _gradient_of(self, chunk: ChunkState, piece: OwnedPiece) -> torch.Tensor | None:
+        if not self._reduces:
+            gradient = chunk.parameters[piece.index].grad
+            if gradient is None:
+                return None
+            field = chunk.layout.fields[piece.index]
+            start = chunk.store.start + piece.start - field.start
+            return gradient.reshape(-1)[start : start + piece.num_elems].view(piece.tensor.shape)
+        if chunk.used is None or not chunk.used[piece.index] or chunk.sums is None:
+            return None
+        start = piece.gradient_start
+        return chunk.sums[start : start + piece.num_elems].view(piece.tensor.shape)
+
+    def _take_norms(self, chunk: ChunkState) -> None:
+        for item in chunk.layout.fields:
+            gradient = self._local_gradient(item.name)
+            if gradient is not None:
+                self._norms[item.name] = torch.linalg.vector_norm(gradient)
 
     # ---- what others ask
 
@@ -180,6 +232,7 @@ class ModelState:
         if self._transport is not None:
             self._transport.gather_rows([0.0])  # every rank's last update is done
         for chunk in self.chunks:
+            self._gathered_all.enter_context(self._in_memory(chunk, with_master=False))
             chunk.store.gather()
             self._point_at_full(chunk)
 
@@ -188,6 +241,10 @@ class ModelState:
         for chunk in self.chunks:
             chunk.store.drop()
             self._point_at_full(chunk)
+        self._gathered_all.close()
+
+    def _in_memory(self, chunk: ChunkState, with_master: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._offloaded is None else self._offloaded.in_memory(chunk, with_master)
 
     @contextmanager
     def gathered_chunk(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -199,18 +256,41 @@ class ModelState:
         was_there = chunk.store.full is not None
         if self._transport is not None:
             self._transport.gather_rows([0.0])  # every rank's last update is done
-        chunk.store.gather()
-        self._point_at_full(chunk)
-        try:
-            yield dict(self._values(chunk))
-        finally:
-            if not was_there:
-                chunk.store.drop()
-                self._point_at_full(chunk)
+        with self._in_memory(chunk, with_master=True):
+            chunk.store.gather()
+            self._point_at_full(chunk)
+            try:
+                yield dict(self._values(chunk))
+            finally:
+                if not was_there:
+                    chunk.store.drop()
+                    self._point_at_full(chunk)
+
+    def stash_gradients(self, chunks: Sequence[int], micro_batch: int) -> None:
+        """Put a micro-batch's gradients of these chunks by, while another one has its turn.
+
+        Gradients of parameters used between units are made at places that no action stands for, and reduced at the end
+        of their micro-batch: until then those of several micro-batches must not run into each other.
+        """
+        if self._reduces:
+            for index in chunks:
+                for parameter in self.chunks[index].parameters:
+                    self._stashed[micro_batch, id(parameter)], parameter.grad = parameter.grad, None
+
+    def restore_gradients(self, chunks: Sequence[int], micro_batch: int) -> None:
+        """The micro-batch has its turn again."""
+        if self._reduces:
+            for index in chunks:
+                for parameter in self.chunks[index].parameters:
+                    parameter.grad = self._stashed.pop((micro_batch, id(parameter)), None)
 
     def forget_gradients(self) -> None:
-        """After a failed step: no gradient is left over for the next."""
+        """After a failed step: no gradient is left over for the next, and nothing from disk is in memory."""
+        self._norms = {}
+        self._stashed = {}
         for chunk in self.chunks:
+            if self._offloaded is not None:
+                self._offloaded.drop_all(chunk)
             chunk.used = None
             for parameter in chunk.parameters:
                 parameter.grad = None
@@ -218,17 +298,21 @@ class ModelState:
     @property
     def drops_copies(self) -> bool:
         """Whether gathered copies really go away: tensors that autograd saves must then not hold on to them."""
-        return any(isinstance(chunk.store, GatheredParameters) and chunk.store.droppable for chunk in self.chunks)
+        return any(
+            chunk.is_offloaded or (isinstance(chunk.store, GatheredParameters) and chunk.store.droppable)
+            for chunk in self.chunks
+        )
 
     @property
     def has_masters(self) -> bool:
-        return any(chunk.master is not None for chunk in self.chunks)
+        return any(chunk.has_master for chunk in self.chunks)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 value of every parameter whose master is kept beside it. Collective."""
         for chunk in self.chunks:
-            if chunk.master is not None:
-                yield from self._values(chunk)
+            if chunk.has_master:
+                with self._in_memory(chunk, with_master=True):
+                    yield from self._values(chunk)
 
     def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         """Rank 0's value on every rank: buffers such as running statistics are each rank's own. Collective."""
@@ -269,38 +353,12 @@ class ModelState:
         assert action.index is not None
         return self.chunks[action.index]
 
-    def _adopt(self, layout: ChunkLayout) -> ChunkState:
-        """Move a chunk's parameters into storage of its own."""
-        parameters = [self._by_name[item.name] for item in layout.fields]
-        decision = self._plan.chunks[layout.index]
-        if self._transport is None or not decision.optimizer_sharded:
-            store: ParameterStore = LocalParameters(layout.num_elems, layout.dtype)
-        else:
-            store = self._transport.parameters(layout.num_elems, layout.dtype, decision.parameters_sharded)
-        chunk = ChunkState(layout, store, parameters)
-        original = torch.zeros(layout.num_elems, dtype=parameters[0].dtype)
-        for item, parameter in zip(layout.fields, parameters, strict=True):
-            layout.view(original, item).copy_(parameter.data)
-        store.fill(original if original.dtype is layout.dtype else original.to(layout.dtype))
-        if original.dtype is not layout.dtype:  # also of frozen parameters: their weights are not to be rounded
-            chunk.master = original[store.start : store.stop].clone()
-        self._point_at_full(chunk)
-        if layout.trainable:
-            base = chunk.master if chunk.master is not None else store.shard
-            whole = self._transport is None or not decision.gradients_sharded
-            for piece in owned_pieces(layout, store.start, store.stop):
-                tensor = base[piece.start - store.start : piece.stop - store.start]
-                if piece.is_whole:
-                    tensor = tensor.view(piece.field.shape)
-                index = layout.fields.index(piece.field)
-                chunk.pieces.append((index, tensor, piece.start - (0 if whole else store.start)))
-        return chunk
-
     def _pieces_by_name(self) -> dict[str, list[tuple[int, torch.Tensor]]]:
         pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for chunk in self.chunks:
-            for index, tensor, _ in chunk.pieces:
-                pieces.setdefault(chunk.layout.fields[index].name, []).append((chunk.layout.index, tensor))
+            for piece in chunk.pieces:
+                name = chunk.layout.fields[piece.index].name
+                pieces.setdefault(name, []).append((chunk.layout.index, piece.tensor))
         return pieces
 
     def _point_at_full(self, chunk: ChunkState) -> None:

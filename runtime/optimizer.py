@@ -54,6 +54,8 @@ class PiecewiseOptimizer:
             self._names_by_group.append([names[id(p)] for p in group["params"] if id(p) in names])
         self.optimizer = template
         self._refuse_whole_matrix()
+        self.slots, self._initial = self._find_slots()
+        """Slot -> dtype of what is kept for every element of a parameter (`exp_avg`, ...)."""
         self._pieces: list[dict[int, list[torch.Tensor]]] = [{} for _ in template.param_groups]
 
     @property
@@ -77,18 +79,69 @@ class PiecewiseOptimizer:
 
     def step(self, chunk: int) -> None:
         """Update the pieces of one chunk that have a gradient, and let go of the gradients."""
+        self._update([piece for by_chunk in self._pieces for piece in by_chunk.get(chunk, ())])
+
+    def step_piece(self, piece: torch.Tensor) -> None:
+        """Update one piece alone, if it has a gradient: the same bits."""
+        self._update([piece])
+
+    def _update(self, pieces: Sequence[torch.Tensor]) -> None:
         groups = self.optimizer.param_groups
         whole = [group["params"] for group in groups]
+        ready = {id(piece) for piece in pieces if piece.grad is not None}
         try:
-            for group, by_chunk in zip(groups, self._pieces, strict=True):
-                group["params"] = [piece for piece in by_chunk.get(chunk, ()) if piece.grad is not None]
-            if any(group["params"] for group in groups):
+            for group, parameters in zip(groups, whole, strict=True):
+                group["params"] = [piece for piece in parameters if id(piece) in ready]
+            if ready:
                 self.optimizer.step()
         finally:
-            for group, parameters, by_chunk in zip(groups, whole, self._pieces, strict=True):
+            for group, parameters in zip(groups, whole, strict=True):
                 group["params"] = parameters
-                for piece in by_chunk.get(chunk, ()):
-                    piece.grad = None
+            for piece in pieces:
+                piece.grad = None
+
+    # ---- slots at home on another tier
+
+    def has_slots(self, piece: torch.Tensor) -> bool:
+        """Whether the piece has been updated before, so that its slots hold something."""
+        return any(slot in self.optimizer.state.get(piece, ()) for slot in self.slots)
+
+    def attach(self, piece: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        """The slots of a piece that has any lie in `views` from now on, with the values that are there."""
+        state = self.optimizer.state.get(piece, {})
+        for slot, view in views.items():
+            if isinstance(state.get(slot), torch.Tensor):
+                state[slot] = view
+
+    def begin(self, piece: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        """Slots that an optimizer has from its construction on (Adagrad) begin with their values in `views`."""
+        for slot, value in self._initial.items():
+            self.optimizer.state[piece][slot] = views[slot].fill_(value)
+
+    def move_into(self, piece: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        """Slots that an update has made elsewhere go into `views`.
+
+        Raises:
+            ValueError: a slot that the probe of the optimizer did not have.
+        """
+        state = self.optimizer.state.get(piece, {})
+        for slot, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.numel() != piece.numel() or value.dim() == 0:
+                continue
+            if slot not in views:
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} came to keep a slot {slot!r} that it had not on a small matrix: "
+                    "no room on disk was planned for it; keep its slots in memory, or use another optimizer"
+                )
+            if value.data_ptr() != views[slot].data_ptr():
+                state[slot] = views[slot].copy_(value)
+
+    def detach(self, piece: torch.Tensor) -> None:
+        """The memory of a piece's slots is about to hold something else."""
+        state = self.optimizer.state.get(piece, {})
+        for slot, dtype in self.slots.items():
+            if isinstance(state.get(slot), torch.Tensor):
+                state[slot] = torch.empty(0, dtype=dtype)
 
     @property
     def lr(self) -> float:
@@ -100,7 +153,7 @@ class PiecewiseOptimizer:
         sizes: dict[str, int] = {}
         for state in self.optimizer.state.values():
             for slot, value in state.items():
-                if isinstance(value, torch.Tensor) and value.numel() > 1:
+                if isinstance(value, torch.Tensor) and (value.numel() > 1 or slot in self.slots):
                     sizes[slot] = sizes.get(slot, 0) + value.nbytes
         return sizes
 
@@ -133,6 +186,24 @@ class PiecewiseOptimizer:
             if not torch.equal(whole.reshape(-1), torch.cat(pieces)):
                 raise ValueError(why)
 
+    def _find_slots(self) -> tuple[dict[str, torch.dtype], dict[str, float]]:
+        """What is kept for every element, and the values that some of it has before the first update."""
+        slots: dict[str, torch.dtype] = {}
+        initial: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            if not group["params"]:
+                continue
+            parameter = nn.Parameter(torch.ones(21, 23))
+            probe = _rebuilt(self.optimizer, [group | {"params": [parameter]}])
+            before = {slot for slot, value in probe.state[parameter].items() if _is_slot(value, parameter)}
+            for slot in before:
+                initial[slot] = float(probe.state[parameter][slot].reshape(-1)[0])
+            parameter.grad = torch.ones_like(parameter)
+            probe.step()
+            state = probe.state[parameter]
+            slots |= {slot: value.dtype for slot, value in state.items() if _is_slot(value, parameter)}
+        return slots, initial
+
     def _probe(self, group: int, values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """Run the optimizer's own update on small tensors with the hyper-parameters of one of its groups."""
         parameters = [nn.Parameter(value) for value in values]
@@ -142,6 +213,10 @@ class PiecewiseOptimizer:
                 parameter.grad = gradient.clone()
             probe.step()
         return [parameter.detach() for parameter in parameters]
+
+
+def _is_slot(value: Any, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
 def _rebuilt(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]] | None = None) -> torch.optim.Optimizer:

@@ -8,7 +8,9 @@ on the order in which a plan runs units or on what it recomputes.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +33,22 @@ def seed_for(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
+@dataclass
+class _Pass:
+    """One micro-batch on its way through the model, in a thread of its own where micro-batches take turns."""
+
+    micro_batch: int
+    next: int = 0  # unit run that comes
+    phase: str = "forward"
+    outputs: list[tuple[int, list[torch.Tensor]]] = field(default_factory=list)
+
+
 class UnitHooks:
     """Installed on every unit's module; they do nothing while no micro-batch runs.
 
     Args:
         cast_inputs: parameter-dtype per unit that floating inputs are cast to, or None to leave them alone.
+        advance: comes to a compute action, waiting for its turn; None: the executor's own, without turns.
     """
 
     def __init__(
@@ -44,17 +57,16 @@ class UnitHooks:
         executor: Executor,
         seeds: tuple[int, ...],
         cast_inputs: Callable[[nn.Module], torch.dtype | None],
+        advance: Callable[[Action], None] | None = None,
     ) -> None:
         self._units = units
+        self._advance = advance or executor.advance_to
         self._executor = executor
         self._seeds = seeds
         self._trace: Trace | None = None
         self._runs_of: dict[int, list[int]] = {}
         self._step = 0
-        self._micro_batch = 0
-        self._next = 0
-        self._phase: str | None = None
-        self._outputs: list[tuple[int, list[torch.Tensor]]] = []
+        self._local = threading.local()
         self._handles: list[Any] = []
         for index, unit in enumerate(units):
             dtype = cast_inputs(unit.module)
@@ -71,10 +83,10 @@ class UnitHooks:
             self._runs_of.setdefault(call.unit, []).append(run)
 
     def begin_forward(self, step: int, micro_batch: int) -> None:
-        self._step, self._micro_batch, self._next = step, micro_batch, 0
-        self._phase = "forward"
-        self._outputs = []
-        self._seed(-1)
+        """This thread takes a micro-batch through the model."""
+        self._step = step
+        self._local.current = _Pass(micro_batch)
+        self._seed(-1, micro_batch)
 
     def begin_backward(self) -> None:
         """Every unit has run.
@@ -83,18 +95,24 @@ class UnitHooks:
             OutOfOrder: fewer units ran than were recorded.
         """
         assert self._trace is not None
-        if self._next < len(self._trace.calls):
-            raise self._out_of_order(None)
-        self._phase = "backward"
-        self._outputs = []
+        current = self._current
+        assert current is not None
+        if current.next < len(self._trace.calls):
+            raise self._out_of_order(None, current)
+        current.phase = "backward"
+        current.outputs = []
 
     def end(self) -> None:
-        self._phase = None
-        self._outputs = []
+        self._local.current = None
+
+    @property
+    def _current(self) -> _Pass | None:
+        return getattr(self._local, "current", None)
 
     def first_not_finite(self) -> str | None:
         """Name of the first unit whose output in this forward pass holds a NaN or an infinity."""
-        for run, tensors in self._outputs:
+        current = self._current
+        for run, tensors in current.outputs if current is not None else ():
             if any(not torch.isfinite(tensor).all() for tensor in tensors):
                 return self.name_of(run)
         return None
@@ -110,18 +128,20 @@ class UnitHooks:
 
     def _before(self, unit: int, dtype: torch.dtype | None) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._phase == "forward":
+            current = self._current
+            if current is not None and current.phase == "forward":
                 assert self._trace is not None
-                run = self._next
+                run = current.next
                 if run >= len(self._trace.calls) or self._trace.calls[run].unit != unit:
-                    raise self._out_of_order(unit)
-                self._next += 1
-                self._executor.advance_to(Action(Kind.F, run, self._micro_batch))
-                self._seed(run)
-            elif self._phase == "backward":  # recomputed by a checkpoint in the model's own code
+                    raise self._out_of_order(unit, current)
+                current.next += 1
+                self._advance(Action(Kind.F, run, current.micro_batch))
+                self._seed(run, current.micro_batch)
+            elif current is not None:  # recomputed by a checkpoint in the model's own code
                 running = self._executor.running
                 runs = self._runs_of[unit]
-                self._seed(running.index if running and running.index in runs else runs[0])
+                run = running.index if running and running.index in runs else runs[0]
+                self._seed(run, current.micro_batch)
             if dtype is None:
                 return None
             return cast_floats(args, dtype), cast_floats(kwargs, dtype)
@@ -130,32 +150,33 @@ class UnitHooks:
 
     def _after(self, unit: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            if self._phase != "forward":
+            current = self._current
+            if current is None or current.phase != "forward":
                 return
             assert self._trace is not None
-            run = self._next - 1
+            run = current.next - 1
             inputs = {id(leaf) for leaf in tree_leaves(args)}
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-            self._outputs.append((run, [tensor.detach() for tensor in tensors if tensor.is_floating_point()]))
+            current.outputs.append((run, [tensor.detach() for tensor in tensors if tensor.is_floating_point()]))
             # A tensor that went through unchanged has the hook of the unit that made it.
             reached = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in inputs]
             if reached and self._trace.calls[run].has_backward:
-                backward = Action(Kind.B, run, self._micro_batch)
-                register_multi_grad_hook(reached, lambda _grad: self._executor.advance_to(backward), mode="any")
+                backward = Action(Kind.B, run, current.micro_batch)
+                register_multi_grad_hook(reached, lambda _grad: self._advance(backward), mode="any")
 
         return hook
 
-    def _seed(self, run: int | None) -> None:
-        parts = (*self._seeds, self._step, -1 if run is None else run, self._micro_batch)
+    def _seed(self, run: int | None, micro_batch: int) -> None:
+        parts = (*self._seeds, self._step, -1 if run is None else run, micro_batch)
         torch.random.default_generator.manual_seed(seed_for(*parts))
 
-    def _out_of_order(self, unit: int | None) -> OutOfOrder:
+    def _out_of_order(self, unit: int | None, current: _Pass) -> OutOfOrder:
         assert self._trace is not None
         recorded = [self.name_of(run) for run in range(len(self._trace.calls))]
-        now = [*recorded[: self._next], "the end of the forward pass" if unit is None else self._units[unit].name]
+        now = [*recorded[: current.next], "the end of the forward pass" if unit is None else self._units[unit].name]
         return OutOfOrder(
-            f"the model runs its units in another order than recorded. Recorded: {_excerpt(recorded, self._next)}. "
-            f"Now: {_excerpt(now, self._next)}. A model whose order depends on its inputs needs larger units: give "
+            f"the model runs its units in another order than recorded. Recorded: {_excerpt(recorded, current.next)}. "
+            f"Now: {_excerpt(now, current.next)}. A model whose order depends on its inputs needs larger units: give "
             "`units=[...]` so that each contains one whole branch."
         )
 

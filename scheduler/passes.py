@@ -8,22 +8,27 @@ what keeps them from hanging (ALGORITHMS 1.6).
     add_gathers             GATHER before uses, DROP after them
     add_reduces             REDUCE when a chunk's gradients of a micro-batch are complete
     add_updates             NORM, STEP
-    prefetch                GATHER earlier, `distance` units ahead of the use
-    link                    lanes and dependencies
+    prefetch                GATHER and UP earlier, `distance` units ahead of the use
+    add_moves               READ, WRITE and DROP of what lies on disk (`scheduler/moves.py`)
+    carry                   the last writes run into the next step
+    link                    buffers, lanes and dependencies (`scheduler/link.py`)
 """
 
 from collections.abc import Sequence
 
+from ..memory.arena import Lifetime
 from ..parallel.actions import Action, Kind
-from .plan import GatheredFor, Plan
-from .program import Instruction, Lane, Program, StepShape
+from .link import link
+from .moves import MovedActions, add_moves, needed_chunks
+from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
+from .program import Program, StepShape
 
 __all__ = [
     "add_gathers",
     "add_reduces",
     "add_updates",
+    "carry",
     "compile_program",
-    "link",
     "order_micro_batches",
     "prefetch",
 ]
@@ -31,37 +36,58 @@ __all__ = [
 
 def compile_program(shape: StepShape, plan: Plan) -> Program:
     """The program of one step: all passes in their order."""
-    actions = order_micro_batches(shape, plan.micro_batches)
+    actions = order_micro_batches(shape, plan.micro_batches, plan.order)
     if plan.world_size > 1:
-        actions = add_gathers(actions, shape, plan)
-        actions = prefetch(actions, plan.prefetch)
+        actions = prefetch(add_gathers(actions, shape, plan), plan.prefetch)
     if plan.world_size > 1 or plan.precision != "float32":
         actions = add_reduces(actions, shape)
-    actions = add_updates(actions, shape)
-    return link(actions, shape, plan)
+    actions = add_updates(actions, shape, plan.update)
+    moved = add_moves(actions, shape, plan)
+    moved, num_carried = carry(moved)
+    return link(moved, shape, plan, num_carried)
 
 
-def order_micro_batches(shape: StepShape, micro_batches: int) -> list[Action]:
-    """One micro-batch after the other: forward through the chain, backward the other way round."""
-    actions: list[Action] = []
-    for m in range(micro_batches):
-        actions += [Action(Kind.F, unit, m) for unit in range(len(shape.units))]
-        actions += [Action(Kind.B, u, m) for u in reversed(range(len(shape.units))) if shape.units[u].has_backward]
-    return actions
+def order_micro_batches(
+    shape: StepShape, micro_batches: int, order: MicroBatchOrder = MicroBatchOrder.SEQUENTIAL
+) -> list[Action]:
+    """F and B of every unit run on every micro-batch.
+
+    Sequential: one micro-batch after the other, forward through the chain, backward the other way round. By unit: all
+    micro-batches of a unit before the next unit; at the turn, the last unit's backward follows its forward at once, so
+    that the outputs of one micro-batch alone (a language model's logits) are alive. A unit's gradients are summed in
+    the order of micro-batches in both.
+    """
+    numbers = range(micro_batches)
+    forward = list(range(len(shape.units)))
+    backward = [unit for unit in reversed(forward) if shape.units[unit].has_backward]
+    if order is MicroBatchOrder.SEQUENTIAL or micro_batches == 1:
+        return [
+            action
+            for m in numbers
+            for action in (*(Action(Kind.F, u, m) for u in forward), *(Action(Kind.B, u, m) for u in backward))
+        ]
+    turn = forward[-1:]  # what comes after the last forward of a micro-batch (the loss) belongs to its backward
+    actions = [Action(Kind.F, u, m) for u in forward[:-1] for m in numbers]
+    for m in numbers:
+        actions += [Action(Kind.F, u, m) for u in turn]
+        actions += [Action(Kind.B, u, m) for u in backward if u in turn]
+    return actions + [Action(Kind.B, u, m) for u in backward if u not in turn for m in numbers]
 
 
 def add_gathers(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[Action]:
     """Gather a sharded chunk before its uses and drop it after them, as the plan says.
 
     A copy that the very next compute action needs again stays (the last unit's, between forward and backward). Chunks
-    held for a whole micro-batch, and those gathered for a `pass`, are dropped after the micro-batch's last action.
+    held for a whole micro-batch, and those gathered for a `pass`, are dropped after the micro-batch's last action, or
+    after the last of all where micro-batches take turns.
     """
+    by_unit = plan.order is MicroBatchOrder.BY_UNIT
     live: set[int] = set()
     once: set[int] = set()  # gathered for the whole step, and gathered already
     result: list[Action] = []
     for position, action in enumerate(actions):
         assert action.index is not None
-        for chunk in _needed(shape, action.index):
+        for chunk in needed_chunks(shape, action.index):
             decision = plan.chunks[chunk]
             if not decision.optimizer_sharded or chunk in live or chunk in once:
                 continue
@@ -73,18 +99,14 @@ def add_gathers(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list
                 result.append(Action(Kind.GATHER, chunk, action.micro_batch))
         result.append(action)
         following = actions[position + 1] if position + 1 < len(actions) else None
-        ends = following is None or following.micro_batch != action.micro_batch
+        ends = following is None or (not by_unit and following.micro_batch != action.micro_batch)
         for chunk in sorted(live):
             long = chunk in shape.held or plan.chunks[chunk].gathered_for is GatheredFor.PASS
-            keep = not ends if long else following is not None and chunk in _needed(shape, following.index or 0)
+            keep = not ends if long else following is not None and chunk in needed_chunks(shape, following.index or 0)
             if not keep:
                 live.discard(chunk)
                 result.append(Action(Kind.DROP, chunk, action.micro_batch))
     return result
-
-
-def _needed(shape: StepShape, unit: int) -> tuple[int, ...]:
-    return (*shape.held, *shape.uses(unit))
 
 
 def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
@@ -97,26 +119,45 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     for chunk, use in enumerate(shape.chunks):
         if use.trainable:
             complete_after.setdefault(shape.last_backward_of(chunk), []).append(chunk)
+    last_of = {action.micro_batch: position for position, action in enumerate(actions) if action.kind.is_compute}
     result: list[Action] = []
     for position, action in enumerate(actions):
         result.append(action)
-        if action.micro_batch is None or not action.kind.is_compute:
-            continue
         if action.kind is Kind.B:
             chunks = complete_after.get(action.index, [])
             result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in chunks]
-        rest = (later for later in actions[position + 1 :] if later.kind.is_compute)
-        following = next(rest, None)
-        if following is None or following.micro_batch != action.micro_batch:
+        if action.kind.is_compute and last_of[action.micro_batch] == position:
             chunks = complete_after.get(None, [])
             result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in chunks]
     return result
 
 
-def add_updates(actions: Sequence[Action], shape: StepShape) -> list[Action]:
-    """The global norm and every trainable chunk's update, after the last backward."""
+def add_updates(actions: Sequence[Action], shape: StepShape, update: UpdateTime = UpdateTime.AFTER) -> list[Action]:
+    """The global norm and every trainable chunk's update: all of them after the norm, or each as soon as the last
+    micro-batch has made the chunk's gradients complete (the norm then tells what it was)."""
     trainable = [chunk for chunk, use in enumerate(shape.chunks) if use.trainable]
-    return [*actions, Action(Kind.NORM), *(Action(Kind.STEP, chunk) for chunk in trainable)]
+    if update is UpdateTime.AFTER:
+        return [*actions, Action(Kind.NORM), *(Action(Kind.STEP, chunk) for chunk in trainable)]
+    last: dict[int, int] = {}  # chunk -> position of the last action that adds to its gradients
+    end = max((position for position, action in enumerate(actions) if action.kind.is_compute), default=0)
+    for chunk in trainable:
+        complete = shape.last_backward_of(chunk)
+        last[chunk] = max(
+            (
+                position
+                for position, action in enumerate(actions)
+                if (action.kind is Kind.REDUCE and action.index == chunk)
+                or (action.kind is Kind.B and action.index == complete)
+            ),
+            default=end,
+        )
+        if complete is None:
+            last[chunk] = max(last[chunk], end)
+    result: list[Action] = []
+    for position, action in enumerate(actions):
+        result.append(action)
+        result += [Action(Kind.STEP, chunk) for chunk in trainable if last[chunk] == position]
+    return [*result, Action(Kind.NORM)]
 
 
 def prefetch(actions: Sequence[Action], distance: int) -> list[Action]:
@@ -138,69 +179,32 @@ def prefetch(actions: Sequence[Action], distance: int) -> list[Action]:
     return result
 
 
-def link(actions: Sequence[Action], shape: StepShape, plan: Plan) -> Program:
-    """Give every action its lane, and the dependencies that follow from what it reads and writes.
+def carry(moved: MovedActions) -> tuple[MovedActions, int]:
+    """Let the last writes run into the next step: they go to its front.
 
-    Resources: `param c` (a rank's shard), `full c` (the gathered copy), `act u.m`, `grad c` (this rank's gradients),
-    `sum c` (the summed ones), `squares c` (their sum of squares; on a single rank the norm reads the gradients). An
-    action waits for the last writer of what it reads, and for the last writer and all readers since of what it writes.
+    Only those whose buffers stay taken to the end go, so that nothing in their own step waits for them.
     """
-    last_write: dict[str, int] = {}
-    reads_since: dict[str, list[int]] = {}
-    instructions: list[Instruction] = []
-    for position, action in enumerate(actions):
-        reads, writes = _resources(action, shape, plan)
-        after: set[int] = set()
-        for name in reads:
-            if name in last_write:
-                after.add(last_write[name])
-        for name in writes:
-            if name in last_write:
-                after.add(last_write[name])
-            after.update(reads_since.get(name, ()))
-        for name in reads:
-            reads_since.setdefault(name, []).append(position)
-        for name in writes:
-            last_write[name] = position
-            reads_since[name] = []
-        after.discard(position)
-        num_bytes = 0
-        if action.kind in (Kind.GATHER, Kind.REDUCE) and action.index is not None:
-            num_bytes = shape.chunks[action.index].num_bytes
-        instructions.append(Instruction(action, _lane(action, plan), tuple(sorted(after)), num_bytes))
-    return Program(tuple(instructions))
-
-
-def _lane(action: Action, plan: Plan) -> Lane:
-    collective = action.kind in (Kind.GATHER, Kind.REDUCE, Kind.NORM)
-    return Lane.NET if collective and plan.world_size > 1 else Lane.COMPUTE
-
-
-def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str], list[str]]:
-    c, m = action.index, action.micro_batch
-    match action.kind:
-        case Kind.GATHER:
-            return [f"param {c}"], [f"full {c}"]
-        case Kind.DROP:
-            return [], [f"full {c}"]
-        case Kind.F:
-            assert c is not None
-            return [f"full {chunk}" for chunk in _needed(shape, c)], [f"act {c}.{m}"]
-        case Kind.B:
-            assert c is not None
-            chunks = _needed(shape, c)
-            grads = [f"grad {chunk}" for chunk in chunks if shape.chunks[chunk].trainable]
-            return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}"], grads
-        case Kind.REDUCE:
-            return [], [f"grad {c}", f"sum {c}", f"squares {c}"]
-        case Kind.NORM:
-            trainable = [chunk for chunk, use in enumerate(shape.chunks) if use.trainable]
-            sums = [f"{kind} {chunk}" for chunk in trainable for kind in ("grad", "sum")]
-            squares = [f"squares {chunk}" for chunk in trainable]
-            if plan.clips_gradients:
-                return squares, sums
-            return squares + (sums if plan.world_size == 1 else []), []
-        case Kind.STEP:
-            return [], [f"grad {c}", f"sum {c}", f"param {c}", f"full {c}"]
-        case _:
-            raise AssertionError(f"{action}: no pass makes this action here")
+    end = len(moved.actions) - 1
+    open_at_end = {name for name, spans in moved.lifetimes.items() if spans[-1][1] == end}
+    tail = [
+        position
+        for position, action in enumerate(moved.actions)
+        if action.kind is Kind.WRITE
+        and f"c{action.index}:{action.slot}" in open_at_end
+        and action not in moved.actions[position + 1 :]
+    ]
+    if not tail:
+        return moved, 0
+    carried = [moved.actions[position] for position in tail]
+    rest = [action for position, action in enumerate(moved.actions) if position not in tail]
+    # A position keeps its action: those of the tail become the last one's that is left.
+    place, number = {}, len(carried) - 1
+    for position in range(len(moved.actions)):
+        number += position not in tail
+        place[position] = max(number, len(carried))
+    lifetimes: dict[str, list[Lifetime]] = {
+        name: [(place[first], place[last]) for first, last in spans] for name, spans in moved.lifetimes.items()
+    }
+    for position, action in enumerate(carried):
+        lifetimes[f"c{action.index}:{action.slot}"].insert(0, (0, position))
+    return MovedActions(carried + rest, lifetimes), len(carried)

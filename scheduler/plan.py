@@ -12,7 +12,7 @@ from typing import Any
 
 from ..memory.chunk import ChunkLayout
 
-__all__ = ["ChunkPlan", "GatheredFor", "Plan", "plan_for_zero"]
+__all__ = ["Activations", "ChunkPlan", "GatheredFor", "Home", "MicroBatchOrder", "Plan", "UpdateTime", "plan_for_zero"]
 
 
 class GatheredFor(StrEnum):
@@ -23,6 +23,40 @@ class GatheredFor(StrEnum):
     STEP = "step"  # never dropped: ZeRO-0, 1, 2
 
 
+class Home(StrEnum):
+    """The tier on which a slot of a chunk lies between its uses."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
+class Activations(StrEnum):
+    """What happens, between forward and backward, to the tensors that autograd saves inside a unit."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    OFFLOAD_HOST = "offload:host"
+    OFFLOAD_DISK = "offload:disk"
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self in (Activations.OFFLOAD_HOST, Activations.OFFLOAD_DISK)
+
+
+class MicroBatchOrder(StrEnum):
+    """How the micro-batches of a step follow each other."""
+
+    SEQUENTIAL = "sequential"  # one micro-batch after the other through all units
+    BY_UNIT = "by-unit"  # all micro-batches of a unit before the next unit (ALGORITHMS 2.8)
+
+
+class UpdateTime(StrEnum):
+    """When a chunk's optimizer step runs."""
+
+    AFTER = "after"  # after the whole backward pass: where the global gradient norm is needed first
+    BACKWARD = "backward"  # as soon as the chunk's gradients are complete
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
     """What is decided for one chunk.
@@ -31,6 +65,8 @@ class ChunkPlan:
         gathered_for: how long the gathered parameters live.
         gradients_sharded: whether a rank keeps the summed gradients of its shard alone (ZeRO-2, 3) or of all (0, 1).
         optimizer_sharded: whether a rank updates its shard alone (ZeRO-1, 2, 3) or everything (0).
+        parameter_home: where the rank's part of the parameters lies between uses.
+        optimizer_home: where its optimizer slots and masters lie between updates.
 
     Raises:
         ValueError: parameters or gradients sharded where the optimizer is not (outside ALGORITHMS 1.10's useful cone).
@@ -39,12 +75,16 @@ class ChunkPlan:
     gathered_for: GatheredFor = GatheredFor.STEP
     gradients_sharded: bool = False
     optimizer_sharded: bool = False
+    parameter_home: Home = Home.HOST
+    optimizer_home: Home = Home.HOST
 
     def __post_init__(self) -> None:
         if self.gradients_sharded and not self.optimizer_sharded:
             raise ValueError("a chunk's gradients are sharded but its optimizer slots are not: shard both, or neither")
         if self.parameters_sharded and not self.gradients_sharded:
             raise ValueError("a chunk's parameters are sharded but its gradients are not: shard both, or neither")
+        if self.parameter_home is Home.DISK and self.optimizer_sharded and not self.parameters_sharded:
+            raise ValueError("a chunk whose gathered copy is never dropped cannot have its parameters at home on disk")
 
     @property
     def parameters_sharded(self) -> bool:
@@ -63,6 +103,15 @@ class Plan:
         clips_gradients: whether the update waits for the global gradient norm.
         prefetch: how many units ahead of their use chunks are gathered.
         chunks: one decision per chunk.
+        activations: one decision per unit, in the order in which units are found; empty: all are kept.
+        order: of micro-batches.
+        update: when chunks are updated.
+        unified: whether device and host are the same bytes, so that moving between them is free.
+        cache_bytes: host memory for parameters whose home is the disk; those used soonest stay in it. At least what
+            one unit and the next need is always given.
+
+    Raises:
+        ValueError: updates inside the backward pass where they wait for the global gradient norm.
     """
 
     world_size: int
@@ -72,6 +121,28 @@ class Plan:
     clips_gradients: bool
     prefetch: int
     chunks: tuple[ChunkPlan, ...]
+    activations: tuple[Activations, ...] = ()
+    order: MicroBatchOrder = MicroBatchOrder.SEQUENTIAL
+    update: UpdateTime = UpdateTime.AFTER
+    unified: bool = True
+    cache_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clips_gradients and self.update is UpdateTime.BACKWARD:
+            raise ValueError(
+                "update='backward' cannot be with clip_grad_norm: no chunk can be updated before the norm of all "
+                "gradients is known; use update='after', or train without clipping"
+            )
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether anything of this plan lies on the disk tier."""
+        on_disk = any(Home.DISK in (chunk.parameter_home, chunk.optimizer_home) for chunk in self.chunks)
+        return on_disk or Activations.OFFLOAD_DISK in self.activations
+
+    def activations_of(self, unit: int) -> Activations:
+        """The decision for a unit, by its place among the units."""
+        return self.activations[unit] if self.activations else Activations.KEEP
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
@@ -86,13 +157,20 @@ class Plan:
         """
         try:
             fields: dict[str, Any] = json.loads(text)
-            chunks = tuple(
-                ChunkPlan(**(chunk | {"gathered_for": GatheredFor(chunk["gathered_for"])}))
-                for chunk in fields["chunks"]
-            )
-            return cls(**{**fields, "chunks": chunks})
+            chunks = tuple(_chunk_from(chunk) for chunk in fields["chunks"])
+            activations = tuple(Activations(word) for word in fields.get("activations", ()))
+            words = {"order": MicroBatchOrder, "update": UpdateTime}
+            choices = {name: kind(fields[name]) for name, kind in words.items() if name in fields}
+            return cls(**{**fields, "chunks": chunks, "activations": activations, **choices})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+
+
+def _chunk_from(fields: dict[str, Any]) -> ChunkPlan:
+    kinds = {"gathered_for": GatheredFor, "parameter_home": Home, "optimizer_home": Home}
+    if "gathered_for" not in fields:
+        raise KeyError("gathered_for")
+    return ChunkPlan(**{name: kinds[name](value) if name in kinds else value for name, value in fields.items()})
 
 
 def plan_for_zero(

@@ -5,13 +5,13 @@ Owns the record and its text form, and the step's shape that programs are compil
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
 from ..parallel.actions import Action, Kind
 
-__all__ = ["ChunkUse", "Instruction", "Lane", "Program", "StepShape", "UnitUse"]
+__all__ = ["Buffer", "ChunkUse", "Instruction", "Lane", "Program", "StepShape", "UnitUse"]
 
 
 class Lane(StrEnum):
@@ -33,11 +33,15 @@ class UnitUse:
         name: of the unit's module.
         chunks: indices of the chunks whose parameters it uses.
         has_backward: whether gradients flow back into it.
+        unit: its place among the units of the model, by which a plan decides about it.
+        saved_bytes: what its saved activations need as one buffer, where they may be moved away.
     """
 
     name: str
     chunks: tuple[int, ...]
     has_backward: bool = True
+    unit: int = 0
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,14 @@ class ChunkUse:
     Attributes:
         num_bytes: of its gathered parameters.
         trainable: whether it gets gradients and updates.
+        param_bytes: of this rank's part of the parameters, as it lies on disk.
+        optim_bytes: of this rank's optimizer slots and master, as they lie on disk; 0 where it has none.
     """
 
     num_bytes: int
     trainable: bool = True
+    param_bytes: int = 0
+    optim_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +102,35 @@ class Instruction:
     num_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A place in a tier's arena, fixed before the first step. Several buffers may share bytes at different times.
+
+    Attributes:
+        name: `c7:optim`, `a7.0`: as in the actions that fill it.
+        tier: `host` or `device`.
+        start_bytes, num_bytes: where it lies in the arena.
+    """
+
+    name: str
+    tier: str
+    start_bytes: int
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class Program:
-    """The instructions of one rank for one step. Dependencies point backwards only."""
+    """The instructions of one rank for one step. Dependencies point backwards only.
+
+    Attributes:
+        instructions: in program order.
+        buffers: what the actions move bytes into and out of.
+        num_carried: so many instructions at the beginning end the step before: its last writes run into this one.
+    """
 
     instructions: tuple[Instruction, ...]
+    buffers: tuple[Buffer, ...] = ()
+    num_carried: int = 0
 
     def __post_init__(self) -> None:
         for position, instruction in enumerate(self.instructions):
@@ -118,12 +150,29 @@ class Program:
         """The actions in program order, of one kind or all."""
         return [i.action for i in self.instructions if kind is None or i.action.kind is kind]
 
+    def arena_bytes(self, tier: str) -> int:
+        """What a tier's arena needs for all buffers."""
+        return max((b.start_bytes + b.num_bytes for b in self.buffers if b.tier == tier), default=0)
+
+    def without_carried(self) -> "Program":
+        """The program of a first step, which has no step before it."""
+        n = self.num_carried
+        rest = (replace(i, after=tuple(before - n for before in i.after if before >= n)) for i in self.instructions[n:])
+        return Program(tuple(rest), self.buffers)
+
+    def only_carried(self) -> "Program":
+        """What is left to do after the last step."""
+        return Program(self.instructions[: self.num_carried], self.buffers)
+
     def text(self) -> str:
-        """One instruction a line: position, lane, action, what it waits for. `parse` reads it back."""
-        return "\n".join(
+        """One instruction a line: position, lane, action, bytes, what it waits for; then the buffers, a line each.
+        `parse` reads it back."""
+        lines = [
             f"{position:5d} {i.lane:8s} {i.action!s:16s} {i.num_bytes:12d} <- {','.join(map(str, i.after)) or '-'}"
             for position, i in enumerate(self.instructions)
-        )
+        ]
+        lines += [f"buffer {b.name} {b.tier} {b.start_bytes} {b.num_bytes}" for b in self.buffers]
+        return "\n".join([*lines, f"carried {self.num_carried}"] if self.num_carried else lines)
 
     @classmethod
     def parse(cls, text: str) -> "Program":
@@ -132,7 +181,20 @@ class Program:
         Raises:
             ValueError: a line that is no instruction, quoted.
         """
-        return cls(tuple(_parse_line(line) for line in text.splitlines() if line.strip()))
+        instructions: list[Instruction] = []
+        buffers: list[Buffer] = []
+        num_carried = 0
+        for line in text.splitlines():
+            match line.split():
+                case []:
+                    continue
+                case ["buffer", name, tier, start, size] if start.isdigit() and size.isdigit():
+                    buffers.append(Buffer(name, tier, int(start), int(size)))
+                case ["carried", number] if number.isdigit():
+                    num_carried = int(number)
+                case _:
+                    instructions.append(_parse_line(line))
+        return cls(tuple(instructions), tuple(buffers), num_carried)
 
 
 def _parse_line(line: str) -> Instruction:

@@ -95,7 +95,7 @@ def compare_stages(rank: int, name: str, micro_batches: int, clip: float | None)
     assert isinstance(optimizer, Recorder)
     optimizer.seen.clear()
     engine.step(rows(case, 0, 12, rank, size))
-    fields = [chunk.layout.fields[index] for chunk in engine.state.chunks for index, _, _ in chunk.pieces]
+    fields = [chunk.layout.fields[piece.index] for chunk in engine.state.chunks for piece in chunk.pieces]
     names = [field.name for field in fields if field.name in gradients[0]]
     mine, theirs = optimizer.seen, [gradients[0][name] for name in names]
     assert [g.shape for g in mine] == [g.shape for g in theirs]

@@ -5,12 +5,13 @@ import itertools
 import pytest
 
 from outgrow.parallel.actions import Action, Kind
+from outgrow.scheduler.link import link
+from outgrow.scheduler.moves import MovedActions
 from outgrow.scheduler.passes import (
     add_gathers,
     add_reduces,
     add_updates,
     compile_program,
-    link,
     order_micro_batches,
     prefetch,
 )
@@ -284,8 +285,8 @@ def test_on_one_rank_in_bf16_gradients_are_still_summed_in_float32():
 
 
 def test_an_action_that_no_pass_makes_is_our_own_mistake():
-    with pytest.raises(AssertionError, match="READ c0:param"):
-        link(read("READ c0:param"), CHAIN, plan_of(3))
+    with pytest.raises(AssertionError, match="DOWN c0:param"):
+        link(MovedActions(read("DOWN c0:param"), {}), CHAIN, plan_of(3))
 
 
 # ---- what holds for every program

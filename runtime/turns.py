@@ -1,0 +1,134 @@
+"""Micro-batches that take turns at unit borders: each runs the model's own code in a thread, one of them at a time.
+
+Owns whose turn it is. The order is the program's: a thread that comes to a compute action waits until all compute
+actions before it are done, and meanwhile the thread of the next one runs. Any model can be run unit by unit over all
+micro-batches in this way, without knowing of it. Does not own what the actions are (programs) nor what they do.
+
+The state of torch's default random generator belongs to the micro-batch whose turn it is.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..memory.errors import LaneTimeout
+from ..parallel.actions import Action
+from .executor import Executor
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """The turns of one step.
+
+    Args:
+        executor: a step has begun on it when `run` is called.
+        leave, enter: called with a micro-batch's number when its turn ends before it is over, and when the next begins.
+        deadline_s: how long a turn may last.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        leave: Callable[[int], None] = lambda number: None,
+        enter: Callable[[int], None] = lambda number: None,
+        deadline_s: float = 1800.0,
+    ) -> None:
+        self._executor = executor
+        self._leave = leave
+        self._enter = enter
+        self._deadline_s = deadline_s
+        self._changed = threading.Condition()
+        self._holder: int | None = None
+        self._finished: set[int] = set()
+        self._failure: BaseException | None = None
+        self._local = threading.local()
+
+    def run(self, bodies: Sequence[tuple[int, Callable[[], None]]]) -> None:
+        """Run each micro-batch's body, in turns, to the end.
+
+        Args:
+            bodies: number of the micro-batch, and what takes it through the model and back.
+
+        Raises: what the first body to fail raised; the others are ended.
+        """
+        if not bodies:
+            return
+        numbers = {number for number, _ in bodies}
+        num_threads = torch.get_num_threads()
+        threads = [
+            threading.Thread(target=self._run_body, args=(*body, num_threads), name=f"micro-batch-{body[0]}")
+            for body in bodies
+        ]
+        self._holder = min(numbers)
+        self._finished = set()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def advance_to(self, action: Action) -> None:
+        """Come to a compute action, when it is its turn.
+
+        Raises: what `Executor.advance_to` raises; the failure of another micro-batch.
+        """
+        me = getattr(self._local, "number", None)
+        if me is None:
+            self._executor.advance_to(action)
+            return
+        random_state = torch.get_rng_state()
+        self._leave(me)
+        while True:
+            following = self._await_turn(me, action)
+            if following is None or following == action:
+                break
+            self._executor.pass_over(following)  # no gradient reached it
+        self._enter(me)
+        torch.set_rng_state(random_state)
+        self._executor.advance_to(action)
+
+    def _await_turn(self, me: int, action: Action) -> Action | None:
+        """Hand over to whose compute action comes next, and wait until that is this micro-batch's own: returned."""
+        with self._changed:
+            self._hand_over(me)
+            if not self._changed.wait_for(lambda: self._holder == me or self._failure is not None, self._deadline_s):
+                raise LaneTimeout(
+                    f"{action} waited {self._deadline_s:g} s for its turn; micro-batch {self._holder} has it"
+                )
+            if self._failure is not None:
+                raise _Ended
+            return self._executor.next_compute(self._finished)
+
+    def _hand_over(self, me: int) -> None:
+        """Give the turn to the micro-batch that the program has next; those that are over need none."""
+        following = self._executor.next_compute(self._finished)
+        self._holder = me if following is None or following.micro_batch is None else following.micro_batch
+        self._changed.notify_all()
+
+    def _run_body(self, number: int, body: Callable[[], None], num_threads: int) -> None:
+        self._local.number = number
+        torch.set_num_threads(num_threads)  # torch keeps it for each thread
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._holder == number or self._failure is not None)
+                if self._failure is not None:
+                    return
+            body()
+        except _Ended:
+            return
+        except BaseException as error:
+            with self._changed:
+                if self._failure is None:
+                    self._failure = error
+                self._changed.notify_all()
+        else:
+            with self._changed:
+                self._finished.add(number)
+                self._hand_over(number)
+
+
+class _Ended(BaseException):
+    """Another micro-batch has failed: unwind this one's thread."""
