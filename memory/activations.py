@@ -185,6 +185,11 @@ class ActivationStore:
             self._groups[run, micro_batch] = group
         return torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._pack(group, tensor), self._unpack)
 
+    def holds(self, run: int, micro_batch: int) -> bool:
+        """Whether there is such a group: not where a rank has no samples for a micro-batch, nor after `release`."""
+        with self._lock:
+            return (run, micro_batch) in self._groups
+
     def bytes_needed(self, run: int, micro_batch: int) -> int:
         """Bytes of staging that `save` needs, 0 where nothing is to be stored. Final once its forward is over."""
         with self._lock:

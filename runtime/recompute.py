@@ -81,7 +81,7 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not torch.is_grad_enabled() or any(tensor.is_meta for tensor in tensors):
+        if not torch.is_grad_enabled() or any(_is_without_values(tensor) for tensor in tensors):
             return self._forward(*args, **kwargs)
         others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
         callers = [(args, kwargs)]  # the caller's own objects are for the first run, which may change them
@@ -99,6 +99,11 @@ class _Forward:
         return checkpoint(
             run, *tensors, use_reentrant=False, context_fn=lambda: (before, _BuffersAgain(before, self.name))
         )
+
+
+def _is_without_values(tensor: torch.Tensor) -> bool:
+    """Of a pass that only looks at shapes: on `meta`, or torch's fake tensors."""
+    return tensor.is_meta or hasattr(tensor, "fake_mode")
 
 
 @dataclass

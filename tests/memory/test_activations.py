@@ -311,6 +311,7 @@ def test_backward_before_load_and_after_release_are_our_bugs() -> None:
 def test_actions_out_of_order_are_our_bugs() -> None:
     store = ActivationStore()
     x = torch.randn(1000, requires_grad=True)
+    assert not store.holds(0, 0)
     with pytest.raises(AssertionError, match=r"no a0\.0"):
         store.save(0, 0, staging_of(64))
     with store.hooks(0, 0):
@@ -324,7 +325,9 @@ def test_actions_out_of_order_are_our_bugs() -> None:
         store.save(0, 0, staging_of(4000))
     with pytest.raises(AssertionError, match=r"LOAD a0\.0: 100 of 4000 bytes"):
         store.load(0, 0, staging_of(100))
+    assert store.holds(0, 0)
     store.release(0, 0)
+    assert not store.holds(0, 0)
     with pytest.raises(AssertionError, match=r"no a0\.0"):
         store.release(0, 0)
     del y

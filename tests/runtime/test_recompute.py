@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models import CASES
 from saving import away_and_back
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from unit_runs import Home, UnitRuns, leaf, plain_bits, run, same
@@ -335,6 +336,9 @@ def test_a_copy_of_a_recomputed_module_runs_its_own_forward() -> None:
         twin = copy.deepcopy(module)
         twin.to("meta")
         assert twin(torch.empty(5, 4, device="meta")).is_meta
+        with FakeTensorMode() as mode:
+            twin._apply(lambda tensor: mode.from_tensor(torch.empty(tensor.shape, dtype=tensor.dtype)))
+            twin(mode.from_tensor(torch.randn(5, 4))).sum().backward()
         other = copy.deepcopy(module)
         with torch.no_grad():
             other[0].weight.zero_()
