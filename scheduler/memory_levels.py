@@ -1,0 +1,124 @@
+"""Live bytes of a micro-batch at every phase, under a policy for each unit run; and the peak of several at once.
+
+Owns the arithmetic from a `MemoryProfile` to bytes. Does not own the choice of policies, nor when moved bytes have
+really left (a caller adds staging buffers that outlive the action).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .memory_profile import MemoryProfile, StorageLife
+from .storage_replay import PhaseMemory
+from .trace import Phase
+
+__all__ = ["Keeping", "Levels", "levels_under", "peak_of"]
+
+
+class Keeping(StrEnum):
+    """What happens to what a unit run saves, between its forward and its backward."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"  # its inputs stay, it runs again
+    OFFLOAD = "offload"  # it is moved away, and comes back
+
+
+@dataclass(frozen=True)
+class Levels:
+    """One micro-batch under one policy; a value for each phase of `MemoryProfile.order`.
+
+    Attributes:
+        order: the phases.
+        begin_bytes: live at the begin of the phase.
+        top_bytes: the most that is live in it, gradients of parameters excluded.
+        summing_top_bytes: with each gradient from its making until it is added to a sum that lies elsewhere.
+    """
+
+    order: tuple[Phase, ...]
+    begin_bytes: tuple[int, ...]
+    top_bytes: tuple[int, ...]
+    summing_top_bytes: tuple[int, ...]
+
+
+def levels_under(profile: MemoryProfile, policies: Sequence[Keeping]) -> Levels:
+    """The levels with `policies[run]` for each unit run.
+
+    While an offloaded unit runs forward, what it saves counts in full beside what it works with (both are there until
+    the copy is done); at the begin of its backward it is all there again, in one buffer.
+
+    Raises:
+        ValueError: another number of policies than of unit runs.
+    """
+    if len(policies) != len(profile.units):
+        raise ValueError(f"{len(policies)} policies for {len(profile.units)} unit runs")
+    place = {phase: position for position, phase in enumerate(profile.order)}
+    begins, tops, summing = [], [], []
+    for position, phase in enumerate(profile.order):
+        live = [_is_live(life, position, place, policies) for life in profile.storages]
+        base = sum(life.num_bytes for life, is_live in zip(profile.storages, live, strict=True) if is_live)
+        begins.append(base)
+        kind, run = phase
+        memory = _memory(profile, phase)
+        rise, summing_rise = memory.peak_bytes, memory.summing_peak_bytes
+        if kind == "F" and policies[run] is not Keeping.KEEP:
+            rise = memory.unsaved_peak_bytes
+            if policies[run] is Keeping.OFFLOAD:
+                rise += profile.units[run].saved_bytes
+            summing_rise = rise
+        elif kind == "B":
+            back = sum(
+                life.num_bytes
+                for life, is_live in zip(profile.storages, live, strict=True)
+                if run in life.saved_by and not is_live
+            )
+            again = profile.units[run].recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
+            rise, summing_rise = max(back + rise, again), max(back + summing_rise, again)
+        tops.append(base + rise)
+        summing.append(base + summing_rise)
+    return Levels(profile.order, tuple(begins), tuple(tops), tuple(summing))
+
+
+def peak_of(levels: Levels, actions: Iterable[tuple[str, int, int]]) -> tuple[int, tuple[str, int, int] | None]:
+    """The most live bytes over `actions` ("F" or "B", unit run, micro-batch), with gradients being summed, and where.
+
+    Each micro-batch's actions must come in the order of its phases; those of different ones may mix. What lies between
+    the units (the loss) counts with the action that follows it in the same micro-batch.
+    """
+    place = {phase: position for position, phase in enumerate(levels.order)}
+    at: dict[int, int] = {}  # micro-batch -> phases done
+    total, peak, where = 0, 0, None
+    for kind, run, micro_batch in actions:
+        phase = place[kind, run]
+        done = at.get(micro_batch, 0)
+        assert phase >= done, f"{kind}{run}.{micro_batch} comes after a later phase"
+        others = total - _begin(levels, done)
+        top = others + max(levels.summing_top_bytes[done : phase + 1])
+        if top > peak:
+            peak, where = top, (kind, run, micro_batch)
+        at[micro_batch] = phase + 1
+        total = others + _begin(levels, phase + 1)
+    return peak, where
+
+
+def _begin(levels: Levels, position: int) -> int:
+    return levels.begin_bytes[position] if position < len(levels.order) and position else 0
+
+
+def _memory(profile: MemoryProfile, phase: Phase) -> PhaseMemory:
+    kind, run = phase
+    if kind in ("F", "B"):
+        return profile.units[run].forward if kind == "F" else profile.units[run].backward
+    return profile.before if kind == "before" else (profile.loss, profile.loss_backward)[run]
+
+
+def _is_live(life: StorageLife, position: int, place: dict[Phase, int], policies: Sequence[Keeping]) -> bool:
+    """Whether it is there at the begin of the phase at `position`."""
+    if place[life.made_in] >= position:
+        return False
+    if life.dropped_in is None or place[life.dropped_in] >= position:
+        return True
+    if life.saved_between and life.released_in is not None and place[life.released_in] >= position:
+        return True
+    keepers = [run for run in life.saved_by if policies[run] is Keeping.KEEP]
+    keepers += [run for run in life.passed_to if policies[run] is Keeping.RECOMPUTE]
+    return any(place["F", run] < position <= place.get(("B", run), -1) for run in keepers)
