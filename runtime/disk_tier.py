@@ -5,6 +5,7 @@ buffers' offsets (`memory/arena.py`, at compile time), nor when something moves 
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 
@@ -16,13 +17,13 @@ __all__ = ["DiskTier"]
 
 
 class DiskTier:
-    """Extents by name (`c7:param`, `c7:optim`) on disk, and for each a buffer in the arena that has its size.
+    """Extents by name (`c7:param`, `c7:optim`, `a7.0`) on disk, and for each a buffer in the arena that has its size.
 
     Args:
         folder: on the disk.
-        run, rank: name the file.
-        extents: name -> bytes; all that will ever be stored. Sizes are rounded up to whole pages.
-        limit_bytes: of the file, or None.
+        run, rank: name the files: one for the state, one for activations where the plan moves any.
+        extents: name -> bytes; of the state. Sizes are rounded up to whole pages.
+        limit_bytes: of both files together, or None.
         io: the system calls, for tests.
 
     Raises: as `DiskStore`.
@@ -37,11 +38,29 @@ class DiskTier:
         limit_bytes: int | None = None,
         io: DirectIO | None = None,
     ) -> None:
-        specs = [ExtentSpec(name, round_up(num_bytes)) for name, num_bytes in extents.items()]
-        self._store = DiskStore(folder, run, rank, specs, limit_bytes=limit_bytes, io=io)
-        self._sizes = {spec.name: spec.num_bytes for spec in specs}
+        self._folder, self._run, self._rank, self._io = folder, run, rank, io
+        self._limit_bytes = limit_bytes
+        self._stores: list[DiskStore] = []
+        self._store_of: dict[str, DiskStore] = {}
+        self._sizes: dict[str, int] = {}
         self._arena: AlignedBuffer | None = None
         self._buffers: dict[str, torch.Tensor] = {}
+        if extents:
+            self._open(run, extents)
+
+    def add_activations(self, extents: Mapping[str, int]) -> None:
+        """Room for saved activations, once their sizes are known. Raises as `DiskStore`."""
+        if extents:
+            self._open(f"{self._run}-activations", extents)
+
+    def _open(self, name: str, extents: Mapping[str, int]) -> None:
+        specs = [ExtentSpec(extent, round_up(num_bytes)) for extent, num_bytes in extents.items()]
+        taken = sum(store.file_bytes for store in self._stores)
+        limit = None if self._limit_bytes is None else self._limit_bytes - taken
+        store = DiskStore(self._folder, name, self._rank, specs, limit_bytes=limit, io=self._io)
+        self._stores.append(store)
+        self._store_of |= dict.fromkeys(extents, store)
+        self._sizes |= {spec.name: spec.num_bytes for spec in specs}
 
     def lay_out(self, program: Program) -> None:
         """Make the arena that a program's buffers lie in. Its pages take memory from their first use on."""
@@ -62,27 +81,35 @@ class DiskTier:
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Fill `into` (None: the buffer of that name) with what was written last, and return it. Waits."""
         target = self.buffer(name) if into is None else into
-        self._store.read(name, target).wait()
+        self._store_of[name].read(name, target).wait()
         return target
 
     def write(self, name: str, source: torch.Tensor | None = None) -> None:
         """Write `source` (None: the buffer of that name). Waits."""
-        self._store.write(name, self.buffer(name) if source is None else source).wait()
+        self._store_of[name].write(name, self.buffer(name) if source is None else source).wait()
 
     def is_written(self, name: str) -> bool:
         """Whether anything was ever written under that name."""
-        return self._store.generation(name) > 0
+        return self._store_of[name].generation(name) > 0
 
     def staging(self, name: str) -> AlignedBuffer:
         """Memory of an extent's size, for the time before and after programs run. The caller closes it."""
         return AlignedBuffer(self._sizes[name])
 
-    def statistics(self) -> DiskStatistics:
-        return self._store.statistics()
+    @property
+    def arena_bytes(self) -> int:
+        """Host memory that the buffers take."""
+        return 0 if self._arena is None else self._arena.num_bytes
+
+    def statistics(self) -> list[DiskStatistics]:
+        """Of each file."""
+        return [store.statistics() for store in self._stores]
 
     def close(self) -> None:
-        """End the lanes, remove the file, give the arena back."""
+        """End the lanes, remove the files, give the arena back. The first error goes on once all are closed."""
         self._buffers = {}
         if self._arena is not None:
             self._arena.close()
-        self._store.close()
+        with ExitStack() as stack:
+            for store in self._stores:
+                stack.callback(store.close)
