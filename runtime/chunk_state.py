@@ -52,6 +52,7 @@ class ChunkState:
         squares: sum of squares of `sums` over the owned range.
         used: per field, whether any rank had a gradient in this step.
         optim: where its optimizer slots lie in one buffer, if their home is the disk.
+        optim_is_written: whether the optimizer's slots are on disk; before the first update the master alone is.
         slots: those slots while they are in memory: name -> [owned range].
     """
 
@@ -65,6 +66,7 @@ class ChunkState:
     used: torch.Tensor | None = None
     pieces: list[OwnedPiece] = field(default_factory=list)
     optim: "OptimLayout | None" = None
+    optim_is_written: bool = False
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property

@@ -77,13 +77,13 @@ class OffloadedState:
         if action.slot == "param":
             self._attach_parameters(chunk, self._tier.read(name))
         else:
-            is_new = not self._tier.is_written(name)
-            buffer = self._tier.buffer(name) if is_new else self._tier.read(name)
-            self._attach_slots(chunk, buffer, is_new)
+            buffer = self._tier.read(name) if self._tier.is_written(name) else self._tier.buffer(name)
+            self._attach_slots(chunk, buffer)
 
     def write(self, chunk: ChunkState, action: Action) -> None:
         """WRITE: a slot is on disk, and nobody looks at its buffer any more."""
         self._tier.write(f"{chunk.layout.name}:{action.slot}")
+        chunk.optim_is_written |= action.slot == "optim"
         self.drop(chunk, action)
 
     def drop(self, chunk: ChunkState, action: Action) -> None:
@@ -155,13 +155,13 @@ class OffloadedState:
         chunk.store.detach()
         self._point(chunk)
 
-    def _attach_slots(self, chunk: ChunkState, buffer: torch.Tensor, is_new: bool) -> None:
+    def _attach_slots(self, chunk: ChunkState, buffer: torch.Tensor) -> None:
         assert chunk.optim is not None
         chunk.slots = chunk.optim.views(buffer)
         chunk.master = chunk.slots.get(MASTER)
         for piece in chunk.pieces:
             views = chunk.slots_of(piece)
-            if is_new or not self._optimizer.has_slots(piece.tensor):
+            if not chunk.optim_is_written or not self._optimizer.has_slots(piece.tensor):
                 self._optimizer.begin(piece.tensor, views)
             else:
                 self._optimizer.attach(piece.tensor, views)

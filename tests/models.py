@@ -1,7 +1,7 @@
 """Small models and data for the equivalence tests: each has something that a sharded, chunked trainer can get wrong."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,17 +53,18 @@ class ConvNet(nn.Module):
     """Residual convolutions with BatchNorm, whose statistics are buffers."""
 
     class Residual(nn.Module):
-        def __init__(self, width: int) -> None:
+        def __init__(self, width: int, dropout: float) -> None:
             super().__init__()
             self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+            self.dropout = dropout
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + F.relu(self.norm(self.conv(x)))
+            return x + F.dropout(F.relu(self.norm(self.conv(x))), self.dropout, self.training)
 
-    def __init__(self, width: int = 9) -> None:
+    def __init__(self, width: int = 9, dropout: float = 0.0) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.body = nn.Sequential(*[ConvNet.Residual(width) for _ in range(3)])
+        self.body = nn.Sequential(*[ConvNet.Residual(width, dropout) for _ in range(3)])
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,10 +72,10 @@ class ConvNet(nn.Module):
 
 
 class LSTMClassifier(nn.Module):
-    def __init__(self, vocab: int = 29, dim: int = 14) -> None:
+    def __init__(self, vocab: int = 29, dim: int = 14, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
-        self.lstm = nn.LSTM(dim, 18, num_layers=2, batch_first=True)
+        self.lstm = nn.LSTM(dim, 18, num_layers=2, batch_first=True, dropout=dropout)
         self.head = nn.Linear(18, 5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -98,8 +99,9 @@ class TiedFrozen(nn.Module):
     """Tied embedding and head, a frozen block, a parameter that gets a gradient in some steps only, one that never
     does."""
 
-    def __init__(self, vocab: int = 37, dim: int = 16) -> None:
+    def __init__(self, vocab: int = 37, dim: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.tok = nn.Embedding(vocab, dim)
         self.layers = nn.ModuleList([nn.Linear(dim, dim) for _ in range(3)])
         self.sometimes = nn.Linear(dim, dim)
@@ -111,7 +113,7 @@ class TiedFrozen(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tok(tokens)
         for layer in self.layers:
-            x = x + torch.tanh(layer(x))
+            x = x + F.dropout(torch.tanh(layer(x)), self.dropout, self.training)  # drawn between units
         side = self.sometimes(x)
         if bool((tokens[0, 0] % 2 == 0).item()) if tokens.device.type != "meta" else True:
             x = x + side
@@ -177,3 +179,16 @@ CASES = {
         Case("tied-frozen", TiedFrozen, _tokens(37, 6)),
     )
 }
+
+DROPPING = {
+    name: replace(CASES[name], build=build)
+    for name, build in {
+        "gpt": lambda: GPT(dropout=0.2),
+        "gpt-tied": lambda: GPT(tied=True, dropout=0.2),
+        "conv": lambda: ConvNet(dropout=0.2),
+        "lstm": lambda: LSTMClassifier(dropout=0.2),
+        "encoder-decoder": lambda: EncoderDecoder(dropout=0.2),
+        "tied-frozen": lambda: TiedFrozen(dropout=0.2),
+    }.items()
+}
+"""The same models with dropout: what runs in another order must still draw the same masks."""
