@@ -23,8 +23,9 @@ from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
+from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
-from ..scheduler.plan import MicroBatchOrder, Plan, plan_for_zero
+from ..scheduler.plan import Activations, MicroBatchOrder, Plan, plan_for_zero
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, call_loss, call_model, cast_floats, num_samples, num_tokens, split_batch
@@ -33,9 +34,11 @@ from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
 from .executor import Executor
 from .model_state import ModelState
+from .moving import MovingActivations
 from .offload import optim_layouts, state_extents
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .precision import cast_buffers, compute_dtypes
+from .recompute import Recomputed
 from .saved_tensors import saved_by_place
 from .step_result import Statistics, StepResult
 from .step_shape import step_shape
@@ -140,8 +143,12 @@ class Engine:
                 Kind.STEP: self.state.step,
                 Kind.READ: self.state.read,
                 Kind.WRITE: self.state.write,
+                Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
+                Kind.LOAD: lambda action: self._moving.load(action) if self._moving else None,
             }
         )
+        self._moving: MovingActivations | None = None
+        self._recomputed: list[Recomputed] = []
         self._seed = seed
         self._held: tuple[int, ...] = ()  # chunks used outside of units
         self._turns = Turns(
@@ -255,6 +262,8 @@ class Engine:
 
     def close(self) -> None:
         """End the lanes and leave the group; the model keeps its (gathered) weights, but for those on disk."""
+        for recomputed in self._recomputed:
+            recomputed.remove()
         self._hooks.remove()
         self._executor.close()
         if self._tier is not None:
@@ -306,7 +315,11 @@ class Engine:
             raise ValueError("the loss does not depend on any trainable parameter: nothing can be trained")
         self._hooks.begin_backward()
         loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
+        del loss
+        self._hooks.end_backward()
         self._hooks.end()
+        if self._moving is not None:
+            self._moving.release_micro_batch(number)
         # Before the micro-batch's end: from then on the norm, which exchanges the loss too, may run on its lane.
         self._losses[number] = value * local / samples
         self.state.micro_loss = sum(self._losses[each] for each in sorted(self._losses))
@@ -343,6 +356,8 @@ class Engine:
         self._executor.abort(error)
         self._save_carried()
         self.state.forget_gradients()
+        if self._moving is not None:
+            self._moving.clear()
         if not hasattr(error, "outgrow_step"):
             error.outgrow_step = self._step  # pyright: ignore[reportAttributeAccessIssue]
             error.outgrow_rank = self.rank  # pyright: ignore[reportAttributeAccessIssue]
@@ -368,9 +383,7 @@ class Engine:
         optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
         extents = state_extents(self._layouts, self.plan, optims)
         if extents:
-            folder = self.memory.disk_folder
-            assert folder is not None
-            self._tier = DiskTier(folder, self._run_name, self.rank, extents, self.memory.disk_limit_bytes)
+            self._tier = self._open_tier(extents)
         fill = None
         if filler is not None:
             modules = {unit.name: unit.module for unit in self._units}
@@ -407,11 +420,41 @@ class Engine:
                 self._hooks = self._install_hooks()
                 self._trace = trace_model(self.model, self._units, self._forward, part)
         self._hooks.follow(self._trace)
-        shape = step_shape(self._trace, self._units, self.state.chunks)
+        profile = self._profile(part) if Activations.OFFLOAD_DISK in self.plan.activations else None
+        shape = step_shape(self._trace, self._units, self.state.chunks, profile)
         self._held = shape.held
         self._program = compile_program(shape, self.plan)
+        self._prepare_activations(self._program)
         if self._tier is not None:
             self._tier.lay_out(self._program)
+
+    def _profile(self, part: Any) -> MemoryProfile:
+        """What a micro-batch takes, measured without computing."""
+        shapes = {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
+
+        def loss(output: Any, batch: Any) -> torch.Tensor:
+            return call_loss(self._loss, output if self._dtype is None else cast_floats(output, torch.float32), batch)
+
+        return measure_memory(self.model, self._units, self._forward, loss, part, shapes)
+
+    def _prepare_activations(self, program: Program) -> None:
+        """Wrap the units that are recomputed, and make room on disk for what is moved."""
+        for index, unit in enumerate(self._units):
+            if self.plan.activations_of(index) is Activations.RECOMPUTE:
+                self._recomputed.append(Recomputed(unit.module, unit.name).install())
+        moves = {(action.index, action.micro_batch): str(action).split()[1] for action in program.actions(Kind.SAVE)}
+        if not moves:
+            return
+        if self._tier is None:
+            self._tier = self._open_tier({})
+        sizes = {buffer.name: buffer.num_bytes for buffer in program.buffers}
+        self._tier.add_activations({name: sizes[name] for name in moves.values()})
+        self._moving = self._hooks.moving = MovingActivations(self.state, self._tier, moves)
+
+    def _open_tier(self, extents: dict[str, int]) -> DiskTier:
+        folder = self.memory.disk_folder
+        assert folder is not None
+        return DiskTier(folder, self._run_name, self.rank, extents, self.memory.disk_limit_bytes)
 
     def _install_hooks(self) -> UnitHooks:
         return UnitHooks(

@@ -5,14 +5,16 @@ finds the weights in backward wherever the chunk lies then (`linear` saves a tra
 `parameter.data` elsewhere is not enough).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from .model_state import ModelState
 
-__all__ = ["saved_by_place"]
+__all__ = ["places", "saved_by_place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +27,33 @@ class _Place:
 
 def saved_by_place(state: ModelState) -> Any:
     """A context in which views of gathered chunks are saved by their place."""
+    place_of = places(state)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | _Place:
+    def pack(tensor: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+        found = place_of(tensor)
+        return tensor if found is None else found
+
+    def unpack(packed: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def places(state: ModelState) -> Callable[[torch.Tensor], Callable[[], torch.Tensor] | None]:
+    """f(saved tensor) -> how to find it again wherever its chunk lies then; None for what is no view of a chunk."""
+
+    def place_of(tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
         address = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
         for chunk in state.chunks:
             full = chunk.store.full
             if full is not None and tensor.dtype is full.dtype and address == full.untyped_storage().data_ptr() != 0:
                 offset = int(tensor.storage_offset()) - int(full.storage_offset())
-                return _Place(chunk.layout.index, offset, tensor.shape, tensor.stride())
-        return tensor
+                return partial(find, _Place(chunk.layout.index, offset, tensor.shape, tensor.stride()))
+        return None
 
-    def unpack(packed: torch.Tensor | _Place) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        full = state.chunks[packed.chunk].store.full
-        assert full is not None, f"chunk c{packed.chunk} is needed in backward, but it was not gathered"
-        return full.as_strided(packed.shape, packed.stride, full.storage_offset() + packed.offset)
+    def find(place: _Place) -> torch.Tensor:
+        full = state.chunks[place.chunk].store.full
+        assert full is not None, f"chunk c{place.chunk} is needed in backward, but it was not gathered"
+        return full.as_strided(place.shape, place.stride, full.storage_offset() + place.offset)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return place_of

@@ -5,17 +5,25 @@ Owns that one translation. Does not own the trace (`scheduler/trace.py`) nor the
 
 from collections.abc import Sequence
 
+from ..memory.chunk import ALIGN_BYTES
 from ..memory.direct_io import round_up
 from ..parallel.units import Unit
+from ..scheduler.memory_profile import MemoryProfile
 from ..scheduler.program import ChunkUse, StepShape, UnitUse
 from ..scheduler.trace import Trace
 from .chunk_state import ChunkState
 
-__all__ = ["step_shape"]
+__all__ = ["saved_bytes", "step_shape"]
 
 
-def step_shape(trace: Trace, units: Sequence[Unit], states: Sequence[ChunkState]) -> StepShape:
-    """The chain of unit runs, the chunks that each uses, and what is used outside of all of them."""
+def step_shape(
+    trace: Trace, units: Sequence[Unit], states: Sequence[ChunkState], profile: MemoryProfile | None = None
+) -> StepShape:
+    """The chain of unit runs, the chunks that each uses, and what is used outside of all of them.
+
+    Args:
+        profile: where activations move, for the sizes of their buffers.
+    """
     chunk_of = {item.name: state.layout.index for state in states for item in state.layout.fields}
     uses = tuple(
         UnitUse(
@@ -23,8 +31,9 @@ def step_shape(trace: Trace, units: Sequence[Unit], states: Sequence[ChunkState]
             tuple(sorted({chunk_of[name] for name in call.parameters})),
             call.has_backward,
             call.unit,
+            0 if profile is None else saved_bytes(profile, run),
         )
-        for call in trace.calls
+        for run, call in enumerate(trace.calls)
     )
     used = {chunk for use in uses for chunk in use.chunks}
     outside = {state.layout.index for state in states} - used
@@ -39,3 +48,9 @@ def step_shape(trace: Trace, units: Sequence[Unit], states: Sequence[ChunkState]
         for state in states
     )
     return StepShape(uses, chunks, held)
+
+
+def saved_bytes(profile: MemoryProfile, run: int) -> int:
+    """Of a buffer for everything that a unit run saves, also what others save too, each storage with room to align."""
+    saved = [life.num_bytes for life in profile.storages if run in life.saved_by]
+    return round_up(sum(saved) + ALIGN_BYTES * (len(saved) + 1))

@@ -10,8 +10,9 @@ on the order in which a plan runs units or on what it recomputes.
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,12 +26,24 @@ from ..scheduler.trace import Trace
 from .batch import cast_floats
 from .executor import Executor
 
-__all__ = ["UnitHooks", "seed_for"]
+__all__ = ["Moving", "UnitHooks", "seed_for"]
 
 
 def seed_for(*parts: int) -> int:
     """A 63-bit seed from a few numbers: the same on every machine, unrelated for neighbours."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Moving(Protocol):
+    """Moves the activations of some units away and back."""
+
+    def saving(self, run: int, micro_batch: int) -> AbstractContextManager[None] | None:
+        """A context for the forward of a unit run whose activations move; None for those that stay."""
+        ...
+
+    def release(self, run: int, micro_batch: int) -> None:
+        """The backward of a unit run is over."""
+        ...
 
 
 @dataclass
@@ -40,6 +53,8 @@ class _Pass:
     micro_batch: int
     next: int = 0  # unit run that comes
     phase: str = "forward"
+    backward: int | None = None  # unit run whose backward goes on
+    saving: AbstractContextManager[None] | None = None  # open while a unit runs whose activations move
     outputs: list[tuple[int, list[torch.Tensor]]] = field(default_factory=list)
 
 
@@ -59,6 +74,7 @@ class UnitHooks:
         cast_inputs: Callable[[nn.Module], torch.dtype | None],
         advance: Callable[[Action], None] | None = None,
     ) -> None:
+        self.moving: Moving | None = None
         self._units = units
         self._advance = advance or executor.advance_to
         self._executor = executor
@@ -73,7 +89,8 @@ class UnitHooks:
             self._handles.append(
                 unit.module.register_forward_pre_hook(self._before(index, dtype), with_kwargs=True, prepend=True)
             )
-            self._handles.append(unit.module.register_forward_hook(self._after(index)))
+            after = unit.module.register_forward_hook(self._after(index), always_call=True)
+            self._handles.append(after)
 
     def follow(self, trace: Trace) -> None:
         """Expect units to run in the order of `trace`."""
@@ -97,12 +114,22 @@ class UnitHooks:
         assert self._trace is not None
         current = self._current
         assert current is not None
+        current.backward = None
         if current.next < len(self._trace.calls):
             raise self._out_of_order(None, current)
         current.phase = "backward"
         current.outputs = []
 
+    def end_backward(self) -> None:
+        """The backward of this thread's micro-batch is over."""
+        if self._current is not None:
+            self._leave_backward(self._current)
+
     def end(self) -> None:
+        """The micro-batch is over, or was given up."""
+        current = self._current
+        if current is not None and current.saving is not None:  # its unit raised
+            current.saving.__exit__(None, None, None)
         self._local.current = None
 
     @property
@@ -137,6 +164,10 @@ class UnitHooks:
                 current.next += 1
                 self._advance(Action(Kind.F, run, current.micro_batch))
                 self._seed(run, current.micro_batch)
+                if self.moving is not None and torch.is_grad_enabled():
+                    current.saving = self.moving.saving(run, current.micro_batch)
+                    if current.saving is not None:
+                        current.saving.__enter__()
             elif current is not None:  # recomputed by a checkpoint in the model's own code
                 running = self._executor.running
                 runs = self._runs_of[unit]
@@ -153,18 +184,36 @@ class UnitHooks:
             current = self._current
             if current is None or current.phase != "forward":
                 return
+            saving, current.saving = current.saving, None
+            if saving is not None:
+                saving.__exit__(None, None, None)
+            if output is None:  # the unit raised
+                return
             assert self._trace is not None
             run = current.next - 1
             inputs = {id(leaf) for leaf in tree_leaves(args)}
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-            current.outputs.append((run, [tensor.detach() for tensor in tensors if tensor.is_floating_point()]))
+            floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+            if saving is not None:  # the outputs themselves may go away; a sum is finite only where they are
+                floats = [tensor.sum() for tensor in floats]
+            current.outputs.append((run, floats))
             # A tensor that went through unchanged has the hook of the unit that made it.
             reached = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in inputs]
             if reached and self._trace.calls[run].has_backward:
-                backward = Action(Kind.B, run, current.micro_batch)
-                register_multi_grad_hook(reached, lambda _grad: self._advance(backward), mode="any")
+                register_multi_grad_hook(reached, lambda _grad: self._enter_backward(current, run), mode="any")
 
         return hook
+
+    def _enter_backward(self, current: _Pass, run: int) -> None:
+        self._leave_backward(current)
+        self._advance(Action(Kind.B, run, current.micro_batch))
+        current.backward = run
+
+    def _leave_backward(self, current: _Pass) -> None:
+        """Before the program takes note of the end of a unit's backward: its loaded activations are forgotten."""
+        if current.backward is not None and self.moving is not None:
+            self.moving.release(current.backward, current.micro_batch)
+        current.backward = None
 
     def _seed(self, run: int | None, micro_batch: int) -> None:
         parts = (*self._seeds, self._step, -1 if run is None else run, micro_batch)

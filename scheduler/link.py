@@ -3,7 +3,10 @@
 Owns lanes, resources and buffers of a program. Does not own what comes before what for other reasons (`passes.py`).
 """
 
-from ..memory.arena import meet, place_buffers
+from collections.abc import Sequence
+
+from ..memory.arena import Lifetime, meet, place_buffers
+from ..memory.direct_io import round_up
 from ..parallel.actions import Action, Kind
 from .moves import Item, MovedActions, item_bytes, needed_chunks
 from .plan import Plan, UpdateTime
@@ -22,6 +25,7 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     all that used a buffer with the same bytes before.
     """
     buffers = _buffers(moved, shape)
+    saves: list[int] = []
     sharing = _sharing(buffers)
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}
@@ -38,14 +42,42 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         for name in writes:
             last_write[name] = position
             reads_since[name] = []
-        if action.kind is Kind.READ:
-            for other in sharing[f"c{action.index}:{action.slot}"]:
+        if (filled := _filled_buffer(action)) is not None:
+            for other in sharing[filled]:
                 after.update(users.get(other, {}).values())
+        if action.kind is Kind.SAVE:
+            saves.append(position)
+        elif action.kind is Kind.F and len(saves) > 1:
+            after.add(saves[-2])  # originals of two units at most wait for the disk
         for name in _buffers_used(action, shape, plan, buffers):
             users.setdefault(name, {})[lane] = position
         after.discard(position)
         instructions.append(Instruction(action, lane, tuple(sorted(after)), _num_bytes(action, shape)))
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
+
+
+def _filled_buffer(action: Action) -> str | None:
+    """The buffer that an action puts something new into."""
+    if action.kind is Kind.READ:
+        return f"c{action.index}:{action.slot}"
+    if action.kind in (Kind.SAVE, Kind.LOAD):
+        return f"a{action.index}.{action.micro_batch}"
+    return None
+
+
+def _activation_lifetimes(actions: Sequence[Action]) -> dict[str, list[Lifetime]]:
+    """When the buffers of saved activations are taken: around SAVE until the next unit has run, from LOAD to B."""
+    lifetimes: dict[str, list[Lifetime]] = {}
+    place = {action: position for position, action in enumerate(actions)}
+    for position, action in enumerate(actions):
+        name = f"a{action.index}.{action.micro_batch}"
+        if action.kind is Kind.SAVE:
+            later = (at for at in range(position + 1, len(actions)) if actions[at].kind.is_compute)
+            lifetimes.setdefault(name, []).append((position, next(later, position)))
+        elif action.kind is Kind.LOAD:
+            backward = place[Action(Kind.B, action.index, action.micro_batch)]
+            lifetimes.setdefault(name, []).append((position, backward))
+    return lifetimes
 
 
 def _buffers(moved: MovedActions, shape: StepShape) -> dict[str, Buffer]:
@@ -57,8 +89,13 @@ def _buffers(moved: MovedActions, shape: StepShape) -> dict[str, Buffer]:
         if item.name in moved.lifetimes
     }
     sizes = {name: item_bytes(items[name], shape) for name in moved.lifetimes}
-    offsets, _ = place_buffers(sizes, moved.lifetimes)
-    return {name: Buffer(name, "host", offsets[name], sizes[name]) for name in moved.lifetimes}
+    saved = _activation_lifetimes(moved.actions)
+    for action in moved.actions:
+        if action.kind is Kind.SAVE and action.index is not None:
+            sizes[f"a{action.index}.{action.micro_batch}"] = round_up(shape.units[action.index].saved_bytes)
+    lifetimes = moved.lifetimes | saved
+    offsets, _ = place_buffers(sizes, lifetimes)
+    return {name: Buffer(name, "host", offsets[name], sizes[name]) for name in lifetimes}
 
 
 def _sharing(buffers: dict[str, Buffer]) -> dict[str, list[str]]:
@@ -71,9 +108,12 @@ def _buffers_used(action: Action, shape: StepShape, plan: Plan, buffers: dict[st
     c = action.index
     if action.kind in (Kind.READ, Kind.WRITE, Kind.DROP) and action.slot is not None:
         return [f"c{c}:{action.slot}"]
+    if action.kind in (Kind.SAVE, Kind.LOAD):
+        return [f"a{c}.{action.micro_batch}"]
     if action.kind.is_compute:
         assert c is not None
         names = [f"c{chunk}:param" for chunk in needed_chunks(shape, c)]
+        names += [f"a{c}.{action.micro_batch}"] if action.kind is Kind.B else []
     elif action.kind in (Kind.GATHER, Kind.UP, Kind.STEP):
         names = [f"c{c}:param", f"c{c}:optim"]
     else:
@@ -86,14 +126,16 @@ def _num_bytes(action: Action, shape: StepShape) -> int:
         return 0
     if action.kind in (Kind.READ, Kind.WRITE) and action.slot is not None:
         return item_bytes(Item(action.index, action.slot), shape)
+    if action.kind in (Kind.SAVE, Kind.LOAD):
+        return round_up(shape.units[action.index].saved_bytes)
     return shape.chunks[action.index].num_bytes if action.kind in (Kind.GATHER, Kind.REDUCE, Kind.UP) else 0
 
 
 def _lane(action: Action, plan: Plan) -> Lane:
     match action.kind:
-        case Kind.READ:
+        case Kind.READ | Kind.LOAD:
             return Lane.READ
-        case Kind.WRITE:
+        case Kind.WRITE | Kind.SAVE:
             return Lane.WRITE
         case Kind.GATHER | Kind.REDUCE | Kind.NORM:
             return Lane.NET if plan.world_size > 1 else Lane.COMPUTE
@@ -123,6 +165,10 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
             chunks = needed_chunks(shape, c)
             grads = [f"grad {chunk}" for chunk in chunks if shape.chunks[chunk].trainable]
             return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}"], grads
+        case Kind.SAVE:
+            return [f"act {c}.{m}"], [f"away {c}.{m}"]
+        case Kind.LOAD:
+            return [f"away {c}.{m}"], [f"act {c}.{m}"]
         case Kind.REDUCE:
             return [], [f"grad {c}", f"sum {c}", f"squares {c}"]
         case Kind.NORM:

@@ -9,6 +9,7 @@ what keeps them from hanging (ALGORITHMS 1.6).
     add_reduces             REDUCE when a chunk's gradients of a micro-batch are complete
     add_updates             NORM, STEP
     prefetch                GATHER and UP earlier, `distance` units ahead of the use
+    add_saves               SAVE and LOAD of activations
     add_moves               READ, WRITE and DROP of what lies on disk (`scheduler/moves.py`)
     carry                   the last writes run into the next step
     link                    buffers, lanes and dependencies (`scheduler/link.py`)
@@ -20,12 +21,13 @@ from ..memory.arena import Lifetime
 from ..parallel.actions import Action, Kind
 from .link import link
 from .moves import MovedActions, add_moves, needed_chunks
-from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
+from .plan import Activations, GatheredFor, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 
 __all__ = [
     "add_gathers",
     "add_reduces",
+    "add_saves",
     "add_updates",
     "carry",
     "compile_program",
@@ -42,6 +44,7 @@ def compile_program(shape: StepShape, plan: Plan) -> Program:
     if plan.world_size > 1 or plan.precision != "float32":
         actions = add_reduces(actions, shape)
     actions = add_updates(actions, shape, plan.update)
+    actions = add_saves(actions, shape, plan)
     moved = add_moves(actions, shape, plan)
     moved, num_carried = carry(moved)
     return link(moved, shape, plan, num_carried)
@@ -176,6 +179,36 @@ def prefetch(actions: Sequence[Action], distance: int) -> list[Action]:
                 break
             place -= 1
         result.insert(place, action)
+    return result
+
+
+def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[Action]:
+    """SAVE the activations of units whose plan says `offload:disk` after their forward, LOAD them before the backward.
+
+    They are loaded `prefetch` compute actions ahead. Those whose backward follows at once stay where they are.
+    """
+    compute = [action for action in actions if action.kind.is_compute]
+    place = {action: number for number, action in enumerate(compute)}
+    loads: dict[int, list[Action]] = {}  # before which compute action
+    saves: dict[Action, Action] = {}
+    for action in compute:
+        assert action.index is not None
+        use = shape.units[action.index]
+        if action.kind is not Kind.F or plan.activations_of(use.unit) is not Activations.OFFLOAD_DISK:
+            continue
+        backward = place.get(Action(Kind.B, action.index, action.micro_batch))
+        if not use.saved_bytes or backward is None or backward <= place[action] + 1:
+            continue
+        saves[action] = Action(Kind.SAVE, action.index, action.micro_batch)
+        ahead = max(backward - plan.prefetch, place[action] + 1)
+        loads.setdefault(ahead, []).append(Action(Kind.LOAD, action.index, action.micro_batch))
+    result: list[Action] = []
+    for action in actions:
+        if action.kind.is_compute:
+            result += loads.get(place[action], [])
+        result.append(action)
+        if action in saves:
+            result.append(saves[action])
     return result
 
 
