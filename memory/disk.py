@@ -156,7 +156,7 @@ class DiskStore:
             self._check_written(extent, place)
             try:
                 self._file.read(self._part(padded, start, stop, view), extent.offset_bytes + start, scratch)
-            except (OSError, EOFError) as error:
+            except Exception as error:
                 raise store_error(error, f"read {stop - start:,} bytes", place) from error
             self._verify(extent, block, checksum(view[start:stop]), place)
 
@@ -177,7 +177,7 @@ class DiskStore:
             fresh[block] = checksum(view[start:stop])
             try:
                 self._file.write(self._part(padded, start, stop, view), extent.offset_bytes + start, scratch)
-            except (OSError, EOFError) as error:
+            except Exception as error:
                 raise store_error(error, f"write {stop - start:,} bytes", place) from error
 
         def finish(error: BaseException | None) -> None:

@@ -222,7 +222,7 @@ def store_error(error: BaseException, doing: str, place: Place) -> StoreError:
     if isinstance(error, EOFError):
         return DiskFault(f"could not {doing}: {error}. Something else changed the file; start from a checkpoint", place)
     if not isinstance(error, OSError):
-        return StoreError(f"could not {doing}: {error!r}", place)
+        return StoreError(f"could not {doing}: {error!r}. Start from a checkpoint", place)
     said = f"could not {doing}: {errno.errorcode.get(error.errno or 0, error.errno)}, {error.strerror}"
     if error.errno in _FULL:
         return DiskFull(f"{said}. Free space, raise the quota or name another folder", place)

@@ -5,6 +5,7 @@
      +- OutOfOrder                      the model called its units in another order than recorded
      +- NotFinite                       a loss that is NaN or infinite
      +- LaneTimeout                     a wait that passed its deadline; says what it waits for
+     +- StateLost                       a step failed half-way: the weights belong to no step
      +- StoreError                      the disk tier
      |   +- DiskFull, DiskFault, ChunkCorrupted
      +- WorkerError                     a worker failed; carries rank, step and unit, and the worker's own traceback
@@ -24,6 +25,7 @@ __all__ = [
     "OutOfOrder",
     "OutgrowError",
     "Place",
+    "StateLost",
     "StoreError",
     "WorkerError",
 ]
@@ -47,6 +49,10 @@ class NotFinite(OutgrowError):
 
 class LaneTimeout(OutgrowError):
     """A wait passed its deadline; says which action waits for which."""
+
+
+class StateLost(OutgrowError):
+    """A step failed after part of the model had been updated: nothing goes on from such weights."""
 
 
 @dataclass(frozen=True)

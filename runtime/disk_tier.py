@@ -4,6 +4,7 @@ Owns the store's life, the arena and the buffers in it. Does not own what lies w
 buffers' offsets (`memory/arena.py`, at compile time), nor when something moves (programs).
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -11,9 +12,12 @@ import torch
 
 from ..memory.direct_io import AlignedBuffer, DirectIO, round_up
 from ..memory.disk import DiskStatistics, DiskStore, ExtentSpec
+from ..memory.errors import LaneTimeout
 from ..scheduler.program import Program
 
 __all__ = ["DiskTier"]
+
+_log = logging.getLogger(__name__)
 
 
 class DiskTier:
@@ -25,6 +29,7 @@ class DiskTier:
         extents: name -> bytes; of the state. Sizes are rounded up to whole pages.
         limit_bytes: of both files together, or None.
         io: the system calls, for tests.
+        deadline_s: how long any wait for the disk may last.
 
     Raises: as `DiskStore`.
     """
@@ -37,7 +42,9 @@ class DiskTier:
         extents: Mapping[str, int],
         limit_bytes: int | None = None,
         io: DirectIO | None = None,
+        deadline_s: float = 60.0,
     ) -> None:
+        self._deadline_s = deadline_s
         self._folder, self._run, self._rank, self._io = folder, run, rank, io
         self._limit_bytes = limit_bytes
         self._stores: list[DiskStore] = []
@@ -57,7 +64,9 @@ class DiskTier:
         specs = [ExtentSpec(extent, round_up(num_bytes)) for extent, num_bytes in extents.items()]
         taken = sum(store.file_bytes for store in self._stores)
         limit = None if self._limit_bytes is None else self._limit_bytes - taken
-        store = DiskStore(self._folder, name, self._rank, specs, limit_bytes=limit, io=self._io)
+        store = DiskStore(
+            self._folder, name, self._rank, specs, limit_bytes=limit, io=self._io, deadline_s=self._deadline_s
+        )
         self._stores.append(store)
         self._store_of |= dict.fromkeys(extents, store)
         self._sizes |= {spec.name: spec.num_bytes for spec in specs}
@@ -92,6 +101,21 @@ class DiskTier:
         """Whether anything was ever written under that name."""
         return self._store_of[name].generation(name) > 0
 
+    def settle(self) -> None:
+        """After a failure: wait until no transfer touches a buffer any more. What they failed with is of no interest
+        now: what was not written is refused when it is read.
+
+        Raises:
+            LaneTimeout: a transfer does not come back.
+        """
+        for store in self._stores:
+            try:
+                store.drain()
+            except LaneTimeout:
+                raise
+            except Exception as error:
+                _log.debug("a transfer that nobody waited for failed: %s", error)
+
     def staging(self, name: str) -> AlignedBuffer:
         """Memory of an extent's size, for the time before and after programs run. The caller closes it."""
         return AlignedBuffer(self._sizes[name])
@@ -107,9 +131,12 @@ class DiskTier:
 
     def close(self) -> None:
         """End the lanes, remove the files, give the arena back. The first error goes on once all are closed."""
+        with ExitStack() as stack:
+            stack.callback(self._give_arena_back)
+            for store in self._stores:
+                stack.callback(store.close)
+
+    def _give_arena_back(self) -> None:
         self._buffers = {}
         if self._arena is not None:
             self._arena.close()
-        with ExitStack() as stack:
-            for store in self._stores:
-                stack.callback(store.close)
