@@ -39,6 +39,7 @@ from .offload import optim_layouts, state_extents
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .precision import cast_buffers, compute_dtypes
 from .recompute import Recomputed
+from .recovery import Recovery
 from .saved_tensors import saved_by_place
 from .step_result import Statistics, StepResult
 from .step_shape import step_shape
@@ -134,13 +135,14 @@ class Engine:
         self.state = self._open_state(clip_grad_norm, filler)
         cast_buffers(model, precision)
         self.lr_scheduler = lr_scheduler(self._optimizer.optimizer) if lr_scheduler else None
+        self._recovery = Recovery(self.rank, ranks)
         self._executor = Executor(
             {
                 Kind.GATHER: self.state.gather,
                 Kind.DROP: self.state.drop,
                 Kind.REDUCE: self.state.reduce,
                 Kind.NORM: self._norm,
-                Kind.STEP: self.state.step,
+                Kind.STEP: self._recovery.watched(self.state.step),
                 Kind.READ: self.state.read,
                 Kind.WRITE: self.state.write,
                 Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
@@ -193,10 +195,13 @@ class Engine:
         Raises:
             NotFinite: the loss is NaN or infinite; names the step and the first unit whose output was not finite.
             OutOfOrder: the model runs its units in another order than in the first step.
+            StoreError: the disk tier failed.
+            StateLost: an earlier step failed half-way; one that failed before any update can be done again.
             Whatever the model raises, with a note that says in which unit.
         """
         started = time.perf_counter()
         reset_peak()
+        self._recover()
         self._step += 1
         random_state = torch.get_rng_state()
         try:
@@ -213,8 +218,10 @@ class Engine:
             self.state.begin_step()
             self._losses = {}
             self._executor.begin(self._program if self._is_carried else self._program.without_carried())
+            self._recovery.begin()
             self._run_micro_batches(micro, samples)
             self.timeline = self._executor.finish()
+            self._recovery.end()
             self._is_carried = self._program.num_carried > 0
         except BaseException as error:
             self._fail(error)
@@ -250,8 +257,8 @@ class Engine:
     def gathered(self) -> Iterator[nn.Module]:
         """The model with all its weights in place, for evaluation between steps. Collective."""
         self._end_last_step()
-        self.state.gather_all()
         try:
+            self.state.gather_all()
             yield self.model
         finally:
             self.state.drop_all()
@@ -266,12 +273,14 @@ class Engine:
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
-        if self._tier is not None:
-            self._tier.close()
-            self._tier = None
-        if self.transport is not None and not self.state.drops_copies:
-            self.transport.close()
-        self.transport = None
+        tier, self._tier = self._tier, None
+        try:
+            if tier is not None:
+                tier.close()
+        finally:
+            if self.transport is not None and not self.state.drops_copies:
+                self.transport.close()
+            self.transport = None
 
     # ---- one step
 
@@ -290,13 +299,27 @@ class Engine:
                 ]
             )
 
+    def _recover(self) -> None:
+        """After a failed step: as if it had not been."""
+        carried = self._program.actions()[: self._program.num_carried] if self._program and self._is_carried else []
+        if self._recovery.recover(self._executor, self._tier, carried, self.state.write, self._forget):
+            self._is_carried = False
+
     def _end_last_step(self) -> None:
         """Do what is left of the last step: its writes that were to run into the next one."""
+        self._recover()
         if not self._is_carried:
             return
         assert self._program is not None
-        self._executor.begin(self._program.only_carried())
-        self._executor.finish()
+        try:
+            self._executor.begin(self._program.only_carried())
+            self._recovery.begin()
+            self._executor.finish()
+            self._recovery.end()
+        except BaseException as error:
+            self._executor.abort(error)
+            self._recovery.fail(self._step, error)
+            raise
         self._is_carried = False
 
     def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
@@ -354,10 +377,8 @@ class Engine:
         unit = self._hooks.name_of(running.index) if running is not None and running.index is not None else None
         self._hooks.end()
         self._executor.abort(error)
-        self._save_carried()
-        self.state.forget_gradients()
-        if self._moving is not None:
-            self._moving.clear()
+        self._forget()
+        self._recovery.fail(self._step, error)
         if not hasattr(error, "outgrow_step"):
             error.outgrow_step = self._step  # pyright: ignore[reportAttributeAccessIssue]
             error.outgrow_rank = self.rank  # pyright: ignore[reportAttributeAccessIssue]
@@ -365,16 +386,13 @@ class Engine:
                 error.outgrow_unit = unit  # pyright: ignore[reportAttributeAccessIssue]
             place = f" in unit {unit} ({running})" if unit else ""
             error.add_note(f"rank {self.rank}, step {self._step}{place}")
+        self._step -= not self._recovery.is_lost  # it will be done again, or something else instead of it
 
-    def _save_carried(self) -> None:
-        """After a failed step: what it left undone of the writes of the step before."""
-        if not self._is_carried or self._program is None or not self._executor.ended:
-            return
-        self._executor.await_lanes()
-        for position in range(self._program.num_carried):
-            if not self._executor.is_done(position):
-                self.state.write(self._program.instructions[position].action)
-        self._is_carried = False
+    def _forget(self) -> None:
+        """What a failed step had in memory."""
+        self.state.forget_gradients()
+        if self._moving is not None:
+            self._moving.clear()
 
     # ---- before the first step
 

@@ -195,11 +195,6 @@ class Executor:
             self._program = None
         return Timeline(tuple(sorted(self._spans, key=lambda span: span.start_s)))
 
-    @property
-    def ended(self) -> bool:
-        """Whether a step has begun and was given up since."""
-        return self._program is None and self._failure is not None
-
     def is_done(self, position: int) -> bool:
         """Whether an instruction of the step that ran last was done."""
         return bool(self._done[position])
