@@ -219,13 +219,19 @@ class OffloadedParameters(ParameterStore):
         return self.shard if self.is_attached else None
 
     @property
+    def gathers(self) -> bool:
+        """Whether `full` is a copy of all ranks' shards; else it is the shard."""
+        return self._all_gather is not None
+
+    @property
     def is_attached(self) -> bool:
         """Whether the shard is in memory."""
         return self.shard is not self._nothing
 
     def attach(self, shard: torch.Tensor) -> None:
         """The shard lies in `shard` [stop - start] from now on."""
-        assert shard.numel() == self.stop - self.start and shard.dtype is self.dtype
+        assert shard.numel() == self.stop - self.start
+        assert shard.dtype is self.dtype
         self.shard = shard
 
     def detach(self) -> None:

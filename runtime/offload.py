@@ -148,12 +148,18 @@ class OffloadedState:
         assert isinstance(chunk.store, OffloadedParameters)
         owned = chunk.store.stop - chunk.store.start
         chunk.store.attach(buffer[: owned * chunk.layout.dtype.itemsize].view(chunk.layout.dtype))
-        self._point(chunk)
+        self._point_at_shard(chunk)
 
     def _detach_parameters(self, chunk: ChunkState) -> None:
         assert isinstance(chunk.store, OffloadedParameters)
         chunk.store.detach()
-        self._point(chunk)
+        self._point_at_shard(chunk)
+
+    def _point_at_shard(self, chunk: ChunkState) -> None:
+        """A gathered copy is no business of the shard's moves: other lanes gather and drop it at the same time."""
+        assert isinstance(chunk.store, OffloadedParameters)
+        if not chunk.store.gathers:
+            self._point(chunk)
 
     def _attach_slots(self, chunk: ChunkState, buffer: torch.Tensor) -> None:
         assert chunk.optim is not None

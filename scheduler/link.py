@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..memory.arena import Lifetime, meet, place_buffers
 from ..memory.direct_io import round_up
 from ..parallel.actions import Action, Kind
-from .moves import Item, MovedActions, item_bytes, needed_chunks
+from .moves import Item, MovedActions, gathers, item_bytes, needed_chunks
 from .plan import Plan, UpdateTime
 from .program import Buffer, Instruction, Lane, Program, StepShape
 
@@ -112,7 +112,7 @@ def _buffers_used(action: Action, shape: StepShape, plan: Plan, buffers: dict[st
         return [f"a{c}.{action.micro_batch}"]
     if action.kind.is_compute:
         assert c is not None
-        names = [f"c{chunk}:param" for chunk in needed_chunks(shape, c)]
+        names = [f"c{chunk}:param" for chunk in needed_chunks(shape, c) if not gathers(chunk, plan)]
         names += [f"a{c}.{action.micro_batch}"] if action.kind is Kind.B else []
     elif action.kind in (Kind.GATHER, Kind.UP, Kind.STEP):
         names = [f"c{c}:param", f"c{c}:optim"]
@@ -139,24 +139,25 @@ def _lane(action: Action, plan: Plan) -> Lane:
             return Lane.WRITE
         case Kind.GATHER | Kind.REDUCE | Kind.NORM:
             return Lane.NET if plan.world_size > 1 else Lane.COMPUTE
+        case Kind.DROP if action.slot == "param" and action.index is not None and gathers(action.index, plan):
+            return Lane.NET  # behind the gather that used it, so that computing does not wait for that
         case _:
             return Lane.COMPUTE
 
 
 def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str], list[str]]:
     c, m = action.index, action.micro_batch
-    gathers = plan.world_size > 1
     match action.kind:
         case Kind.GATHER:
             return [f"param {c}"], [f"full {c}"]
         case Kind.DROP if action.slot is None:
             return [], [f"full {c}"]
         case Kind.READ:
-            return [f"disk c{c}:{action.slot}"], _slot_resources(action, gathers)
+            return [f"disk c{c}:{action.slot}"], _slot_resources(action, plan)
         case Kind.DROP:
-            return [], _slot_resources(action, gathers)
+            return [], _slot_resources(action, plan)
         case Kind.WRITE:
-            return [], [f"disk c{c}:{action.slot}", *_slot_resources(action, gathers)]
+            return [], [f"disk c{c}:{action.slot}", *_slot_resources(action, plan)]
         case Kind.F:
             assert c is not None
             return [f"full {chunk}" for chunk in needed_chunks(shape, c)], [f"act {c}.{m}"]
@@ -181,12 +182,13 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
             raise AssertionError(f"{action}: no pass makes this action here")
 
 
-def _slot_resources(action: Action, gathers: bool) -> list[str]:
-    """What a chunk's slot in host memory is called. Without ranks to gather from, the shard is the full chunk."""
+def _slot_resources(action: Action, plan: Plan) -> list[str]:
+    """What a chunk's slot in host memory is called. Where nothing is gathered, the shard is the full chunk."""
     c = action.index
+    assert c is not None
     if action.slot == "optim":
         return [f"optim {c}"]
-    return [f"param {c}"] if gathers else [f"param {c}", f"full {c}"]
+    return [f"param {c}"] if gathers(c, plan) else [f"param {c}", f"full {c}"]
 
 
 def _norm_resources(shape: StepShape, plan: Plan) -> tuple[list[str], list[str]]:

@@ -5,10 +5,13 @@ Owns what is in host memory when, of the slots whose home is the disk. Does not 
 
 The order of uses is known, so this is offline paging with prefetch: before each use, what it and the next `prefetch`
 uses need is read; what is not needed soon and does not fit beside it is dropped, farthest next use first (Belady;
-ALGORITHMS 2.6). What an update changed is written at once, and its buffer stays taken for `prefetch` more uses, so that
-nothing has to wait for the write. More host memory (`Plan.cache_bytes`) means more chunks that stay from use to use.
+ALGORITHMS 2.6), and already after its last use: whatever comes into its place can then be read from there on. Actions
+in a row that need the same are one use: the micro-batches of a unit that take turns, a forward and its backward at the
+turn. What an update changed is written at once, and its buffer stays taken for `prefetch` more uses, so that nothing
+has to wait for the write. More host memory (`Plan.cache_bytes`) means more chunks that stay from use to use.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +20,7 @@ from ..parallel.actions import Action, Kind
 from .plan import Home, Plan
 from .program import StepShape
 
-__all__ = ["Item", "MovedActions", "add_moves", "needed_chunks", "num_moved_bytes", "optimum_moved_bytes"]
+__all__ = ["Item", "MovedActions", "add_moves", "gathers", "needed_chunks", "num_moved_bytes", "optimum_moved_bytes"]
 
 _NEVER = 1 << 62
 
@@ -52,15 +55,20 @@ def needed_chunks(shape: StepShape, unit: int) -> tuple[int, ...]:
     return (*shape.held, *shape.uses(unit))
 
 
+def gathers(chunk: int, plan: Plan) -> bool:
+    """Whether units compute with a gathered copy of the chunk instead of what this rank keeps of it."""
+    return plan.world_size > 1 and plan.chunks[chunk].optimizer_sharded
+
+
 def items_of(action: Action, shape: StepShape, plan: Plan) -> tuple[Item, ...]:
     """What must be in host memory for `action`, of that whose home is the disk."""
     c = action.index
     chunks: tuple[int, ...] = ()
     slots = ["param"]
-    if action.kind.is_compute and plan.world_size == 1 and plan.unified:
+    if action.kind.is_compute and plan.unified:
         assert c is not None
-        chunks = needed_chunks(shape, c)
-    elif action.kind in (Kind.GATHER, Kind.UP) and not (action.kind is Kind.UP and plan.world_size > 1):
+        chunks = tuple(chunk for chunk in needed_chunks(shape, c) if not gathers(chunk, plan))
+    elif action.kind is Kind.GATHER or (action.kind is Kind.UP and plan.world_size == 1):
         assert c is not None
         chunks = (c,)
     elif action.kind is Kind.STEP:
@@ -81,17 +89,33 @@ def item_bytes(item: Item, shape: StepShape) -> int:
     return chunk.optim_bytes if item.slot == "optim" else chunk.param_bytes
 
 
+@dataclass(frozen=True)
+class _Use:
+    """Actions in a row that need the same items."""
+
+    items: tuple[Item, ...]
+    is_update: bool
+
+
 @dataclass
 class _Paging:
-    """The walk over the uses. `live` and `draining` hold the position at which the buffer was taken."""
+    """The walk over the uses. Positions are those in `result`, to which the drops are added at the end."""
 
     shape: StepShape
     capacity_bytes: int
-    uses: list[tuple[Item, ...]]
+    uses: list[_Use]
     result: list[Action] = field(default_factory=list)
-    lifetimes: dict[str, list[Lifetime]] = field(default_factory=dict)
-    live: dict[Item, int] = field(default_factory=dict)
-    draining: dict[Item, tuple[int, int]] = field(default_factory=dict)  # item -> (taken, use after which it is free)
+    spans: list[tuple[Item, int, int]] = field(default_factory=list)  # first and last position of a buffer in use
+    drops: dict[int, list[Item]] = field(default_factory=dict)  # position -> what is dropped after it
+    live: dict[Item, int] = field(default_factory=dict)  # where it was read
+    last_used: dict[Item, int] = field(default_factory=dict)
+    draining: dict[Item, tuple[int, int]] = field(default_factory=dict)  # (where read, use after which it is free)
+
+    def __post_init__(self) -> None:
+        self._uses_of: dict[Item, list[int]] = {}
+        for number, use in enumerate(self.uses):
+            for item in use.items:
+                self._uses_of.setdefault(item, []).append(number)
 
     def bytes_of(self, items: Sequence[Item]) -> int:
         return sum(item_bytes(item, self.shape) for item in items)
@@ -99,62 +123,93 @@ class _Paging:
     def taken_bytes(self) -> int:
         return self.bytes_of(list(self.live)) + self.bytes_of(list(self.draining))
 
-    def release(self, item: Item, taken: int) -> None:
-        self.lifetimes.setdefault(item.name, []).append((taken, max(taken, len(self.result) - 1)))
-
     def next_use(self, item: Item, after: int) -> int:
-        return next((i for i in range(after, len(self.uses)) if item in self.uses[i]), _NEVER)
+        uses = self._uses_of[item]
+        place = bisect_left(uses, after)
+        return uses[place] if place < len(uses) else _NEVER
 
     def drop(self, item: Item) -> None:
-        self.result.append(Action(Kind.DROP, item.chunk, None, item.slot))
-        self.release(item, self.live.pop(item))
+        self.drops.setdefault(self.last_used[item], []).append(item)
+        del self.live[item]
 
     def read(self, item: Item) -> None:
         self.live[item] = len(self.result)
         self.result.append(Action(Kind.READ, item.chunk, None, item.slot))
 
+    def write(self, item: Item, free_after: int) -> None:
+        self.draining[item] = self.live.pop(item), free_after
+        self.result.append(Action(Kind.WRITE, item.chunk, None, item.slot))
+
+    def release(self, item: Item) -> None:
+        """What was written leaves its buffer to others."""
+        taken, _ = self.draining.pop(item)
+        self.spans.append((item, taken, len(self.result) - 1))
+
+    def finished(self) -> MovedActions:
+        """The list with its drops in their places."""
+        for item in list(self.live):
+            self.drop(item)
+        for item in list(self.draining):
+            self.release(item)
+        actions: list[Action] = []
+        place: list[int] = []
+        lifetimes: dict[str, list[Lifetime]] = {}
+        taken: dict[Item, int] = {}  # by the last READ before
+        for position, action in enumerate(self.result):
+            place.append(len(actions))
+            if action.kind is Kind.READ:
+                assert action.index is not None
+                assert action.slot is not None
+                taken[Item(action.index, action.slot)] = len(actions)
+            actions.append(action)
+            for item in self.drops.get(position, ()):
+                lifetimes.setdefault(item.name, []).append((taken[item], len(actions)))
+                actions.append(Action(Kind.DROP, item.chunk, None, item.slot))
+        for item, first, last in self.spans:
+            lifetimes.setdefault(item.name, []).append((place[first], max(place[first], place[last])))
+        return MovedActions(actions, {name: sorted(spans) for name, spans in lifetimes.items()})
+
 
 def add_moves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> MovedActions:
     """Place READ, WRITE and DROP of the slots whose home is the disk. See the module's words."""
     needs = [items_of(action, shape, plan) for action in actions]
-    uses = [items for items in needs if items]
-    paging = _Paging(shape, _capacity_bytes(uses, actions, needs, shape, plan), uses)
-    number = -1
+    uses: list[_Use] = []
+    number_of: list[int] = []  # of the use that an action belongs to, or that comes before it
     for action, items in zip(actions, needs, strict=True):
-        if not items:
-            paging.result.append(action)
-            continue
-        number += 1
-        _make_room(paging, number, plan.prefetch)
+        is_update = action.kind is Kind.STEP
+        if items and uses and not uses[-1].is_update and uses[-1].items == items:
+            uses[-1] = _Use(items, is_update)
+        elif items:
+            uses.append(_Use(items, is_update))
+        number_of.append(len(uses) - 1)
+    paging = _Paging(shape, max(_least_bytes(uses, shape, plan), plan.cache_bytes), uses)
+    begun = -1
+    for action, items, number in zip(actions, needs, number_of, strict=True):
+        if items and number > begun:
+            _make_room(paging, number, plan.prefetch)
+            begun = number
+        paging.last_used.update(dict.fromkeys(items, len(paging.result)))
         paging.result.append(action)
         if action.kind is Kind.STEP:
             for item in items:
-                paging.result.append(Action(Kind.WRITE, item.chunk, None, item.slot))
-                paging.draining[item] = paging.live.pop(item), number + plan.prefetch
-        for item in [item for item in paging.live if paging.next_use(item, number + 1) == _NEVER]:
-            paging.drop(item)
-    for item in list(paging.live):
-        paging.drop(item)
-    for item, (taken, _) in paging.draining.items():
-        paging.release(item, taken)
-    return MovedActions(paging.result, paging.lifetimes)
+                paging.write(item, number + plan.prefetch)
+    return paging.finished()
 
 
 def _make_room(paging: _Paging, number: int, distance: int) -> None:
     """Before use `number`: read what it and the next ones need, after dropping what is farthest away."""
-    for item, (taken, last) in list(paging.draining.items()):
+    for item, (_, last) in list(paging.draining.items()):
         if last < number:
-            del paging.draining[item]
-            paging.release(item, taken)
+            paging.release(item)
     window: list[Item] = []
-    for items in paging.uses[number : number + distance + 1]:
-        window += [item for item in items if item not in window]
-    now = set(paging.uses[number])
+    for use in paging.uses[number : number + distance + 1]:
+        window += [item for item in use.items if item not in window]
+    now = set(paging.uses[number].items)
     # A slot whose write is under way is read again only once that use has come.
     to_read = [item for item in window if item not in paging.live and (item not in paging.draining or item in now)]
     for item in to_read:
         if item in paging.draining:
-            paging.release(item, paging.draining.pop(item)[0])
+            paging.release(item)
     while paging.taken_bytes() + paging.bytes_of(to_read) > paging.capacity_bytes:
         victims = [item for item in paging.live if item not in window]
         if victims:
@@ -167,22 +222,17 @@ def _make_room(paging: _Paging, number: int, distance: int) -> None:
         paging.read(item)
 
 
-def _capacity_bytes(
-    uses: Sequence[tuple[Item, ...]],
-    actions: Sequence[Action],
-    needs: Sequence[tuple[Item, ...]],
-    shape: StepShape,
-    plan: Plan,
-) -> int:
-    """What the plan gives, at least what a use, the next `prefetch` ones and writes of those before it need."""
-    written = [action.kind is Kind.STEP for action, items in zip(actions, needs, strict=True) if items]
+def _least_bytes(uses: Sequence[_Use], shape: StepShape, plan: Plan) -> int:
+    """What a use, the next `prefetch` ones and writes of those before it need."""
     least = 0
     for number in range(len(uses)):
-        near = set().union(*uses[number : number + plan.prefetch + 1])
-        for before in range(max(0, number - plan.prefetch), number):
-            near |= set(uses[before]) if written[before] else set()
+        near: set[Item] = set()
+        for use in uses[number : number + plan.prefetch + 1]:
+            near.update(use.items)
+        for before in uses[max(0, number - plan.prefetch) : number]:
+            near.update(before.items if before.is_update else ())
         least = max(least, sum(item_bytes(item, shape) for item in near))
-    return max(least, plan.cache_bytes)
+    return least
 
 
 def num_moved_bytes(actions: Sequence[Action], shape: StepShape) -> dict[Kind, int]:
