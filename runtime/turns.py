@@ -67,8 +67,9 @@ class Turns:
             thread.start()
         for thread in threads:
             thread.join()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # the next step begins without it
+        if failure is not None:
+            raise failure
 
     def advance_to(self, action: Action) -> None:
         """Come to a compute action, when it is its turn.
