@@ -8,12 +8,13 @@ instead, so it is done only where the budget is ample (the caller decides).
 import ctypes
 import logging
 
-__all__ = ["keep_freed_blocks", "return_freed_blocks"]
+__all__ = ["keep_freed_blocks", "return_blocks_at_once", "return_freed_blocks"]
 
 _log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _NEVER = 2**31 - 1  # bytes; an int to mallopt
 
 
@@ -25,6 +26,17 @@ def keep_freed_blocks() -> bool:
         _log.info("this C library has no mallopt: freed blocks go back to the kernel")
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def return_blocks_at_once() -> bool:
+    """Let this process give freed blocks of 128 KiB and more back at once, and use one heap for all threads: what is
+    resident is then what is in use, at the price of page faults. False where the C library cannot."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    thresholds = bool(mallopt(_M_MMAP_THRESHOLD, 128 << 10)) and bool(mallopt(_M_TRIM_THRESHOLD, 128 << 10))
+    return thresholds and bool(mallopt(_M_ARENA_MAX, 1))
 
 
 def return_freed_blocks() -> bool:

@@ -4,8 +4,8 @@ Owns the placement, a pure function. Does not own the bytes (a tier's arena is o
 keeps two buffers in the same bytes apart at run time (`scheduler/passes.py` makes dependencies of it).
 
 The buffers are placed in decreasing size, each into the tightest gap between those already placed that it meets in time
-(ALGORITHMS 3.7): within a few percent of the most bytes that are ever alive together, and nothing fragments at run time,
-because nothing is allocated then.
+(ALGORITHMS 3.7): within a few percent of the most bytes that are ever alive together. Nothing fragments at run time:
+nothing is allocated then.
 """
 
 from collections.abc import Mapping, Sequence

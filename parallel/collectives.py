@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,12 @@ class Transport(ABC):
         full = torch.empty(self.size * shard.numel(), dtype=shard.dtype)
         dist.all_gather_single(full, shard.contiguous(), group=self.group)
         return full
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The first rank's `value`, any object that pickles."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The first rank's `value`, in place."""

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .offload import OffloadedState
 
-__all__ = ["Adoption", "Fill"]
+__all__ = ["TILE_ELEMS", "Adoption", "Fill"]
 
 Fill = Callable[[str, Mapping[str, torch.Tensor]], None]
 """f(unit, tensors): give the parameters of a unit their first values, in place, by name."""
 
-_TILE_ELEMS = 8 << 20  # of pieces whose slots are made one by one before they go to disk
+TILE_ELEMS = 8 << 20  # of pieces whose slots are made one by one before they go to disk
 
 
 class Adoption:
@@ -120,7 +120,7 @@ class Adoption:
         moves = chunk.moves_pieces or chunk.optim is not None
         for piece in owned_pieces(layout, store.start, store.stop):
             index = layout.fields.index(piece.field)
-            step = _TILE_ELEMS if moves else piece.stop - piece.start
+            step = TILE_ELEMS if moves else piece.stop - piece.start
             for start in range(piece.start, piece.stop, step):
                 stop = min(start + step, piece.stop)
                 if chunk.moves_pieces:

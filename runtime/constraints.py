@@ -10,7 +10,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from ..memory.budget import Memory
-from ..scheduler.plan import Activations, ChunkPlan, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime
+from ..scheduler.fit import Open, offloaded
+from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, UpdateTime
 
 __all__ = ["Constraints", "Offload"]
 
@@ -68,6 +69,15 @@ class Constraints:
             raise ValueError(f"activations gives {len(words)} words, and the model has {num_units} units")
         return words
 
+    def open(self, memory: Memory) -> Open:
+        """What may be decided."""
+        return Open(
+            homes=self.offload is None and memory.disk is not None,
+            activations=self.activations is None,
+            order=self.order is None,
+            update=self.update is None,
+        )
+
     def applied(self, plan: Plan, num_units: int) -> Plan:
         """`plan` with everything that is fixed; what is open stays as it is."""
         changes: dict[str, object] = {}
@@ -87,14 +97,6 @@ class Constraints:
         if self.update is not None:
             changes["update"] = UpdateTime(self.update)
         return replace(plan, **changes)  # pyright: ignore[reportArgumentType]
-
-
-def offloaded(chunk: ChunkPlan, parameters: Home, slots: Home) -> ChunkPlan:
-    """A chunk's decision with other homes. Parameters that go to disk have no gathered copy that stays."""
-    sharded = chunk.optimizer_sharded
-    if parameters is Home.DISK and sharded and chunk.gathered_for is GatheredFor.STEP:
-        chunk = replace(chunk, gathered_for=GatheredFor.USE, gradients_sharded=True)
-    return replace(chunk, parameter_home=parameters, optimizer_home=slots)
 
 
 def _word(kind: type[_Word], name: str, word: str | None) -> _Word | None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.allocator import keep_freed_blocks
+from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
 from ..memory.budget import Memory
 from ..memory.errors import NotFinite
 from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
-from ..scheduler.memory_profile import MemoryProfile, measure_memory
-from ..scheduler.passes import compile_program
-from ..scheduler.plan import Activations, MicroBatchOrder, Plan, plan_for_zero
+from ..scheduler.ledger import Ledger
+from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, plan_for_zero
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, call_loss, call_model, cast_floats, num_samples, num_tokens, split_batch
-from .constraints import Constraints
+from .constraints import Constraints, offloaded
 from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
 from .executor import Executor
@@ -37,12 +37,12 @@ from .model_state import ModelState
 from .moving import MovingActivations
 from .offload import optim_layouts, state_extents
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
+from .planning import Planner
 from .precision import cast_buffers, compute_dtypes
 from .recompute import Recomputed
 from .recovery import Recovery
 from .saved_tensors import saved_by_place
 from .step_result import Statistics, StepResult
-from .step_shape import step_shape
 from .turns import Turns
 from .unit_hooks import UnitHooks
 from .weights import full_state_dict, write_weights
@@ -80,6 +80,7 @@ class Engine:
             waits for the global gradient norm and something is on disk.
         filler: gives parameters without values their first ones, unit by unit.
         run_name: names the file on the disk tier.
+        example: a batch as `step` gets it: where memory is tight, the plan is then made here, not at the first step.
 
     Raises:
         ValueError: arguments that cannot be, a model without trainable parameters, an optimizer that cannot be sharded.
@@ -108,6 +109,7 @@ class Engine:
         update: str | None = None,
         filler: "Filler | None" = None,
         run_name: str = "run",
+        example: Any = None,
     ) -> None:
         check_arguments(model, micro_batches, clip_grad_norm)
         self.model = model
@@ -121,30 +123,35 @@ class Engine:
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
         self.memory = memory or Memory.detect(ranks)
-        constraints = Constraints(offload, activations, order, update)
-        constraints.check(self.memory, len(self._units), clips, micro_batches)
+        self._constraints = Constraints(offload, activations, order, update)
+        self._constraints.check(self.memory, len(self._units), clips, micro_batches)
         plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
-        self.plan: Plan = constraints.applied(plan, len(self._units))
+        self.plan: Plan = self._constraints.applied(plan, len(self._units))
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport) if ranks > 1 else None
-        if check_fit(model, self._layouts, self.plan, self.memory):
-            keep_freed_blocks()  # for the whole process: the next step uses the same memory again
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._is_ample = check_fit(model, self._layouts, self.plan, self.memory)
+        if not self._is_ample:
+            return_blocks_at_once()
+        elif self.memory.disk is None:
+            keep_freed_blocks()  # for the whole process: the next step uses the same memory again
+        self._clip_grad_norm = clip_grad_norm
+        self._filler = filler
+        self._make_lr_scheduler = lr_scheduler
+        self.lr_scheduler: Any = None
         self._run_name = run_name
         self._tier: DiskTier | None = None
-        self.state = self._open_state(clip_grad_norm, filler)
-        cast_buffers(model, precision)
-        self.lr_scheduler = lr_scheduler(self._optimizer.optimizer) if lr_scheduler else None
+        self._state: ModelState | None = None
         self._recovery = Recovery(self.rank, ranks)
         self._executor = Executor(
             {
-                Kind.GATHER: self.state.gather,
-                Kind.DROP: self.state.drop,
-                Kind.REDUCE: self.state.reduce,
+                Kind.GATHER: lambda action: self.state.gather(action),
+                Kind.DROP: lambda action: self.state.drop(action),
+                Kind.REDUCE: lambda action: self.state.reduce(action),
                 Kind.NORM: self._norm,
-                Kind.STEP: self._recovery.watched(self.state.step),
-                Kind.READ: self.state.read,
-                Kind.WRITE: self.state.write,
+                Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
+                Kind.READ: lambda action: self.state.read(action),
+                Kind.WRITE: lambda action: self.state.write(action),
                 Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
                 Kind.LOAD: lambda action: self._moving.load(action) if self._moving else None,
             }
@@ -166,7 +173,22 @@ class Engine:
         self._peak_slots: dict[str, int] = {}
         self._step = 0
         self.timeline = Timeline(())
-        self.state.drop_all()
+        self.predicted: Ledger | None = None
+        cast_buffers(model, precision)
+        if self._is_ample or not self._constraints.open(self.memory).homes:
+            self._open_state()
+        elif example is not None:
+            self._compile(split_batch(example, micro_batches))
+
+    @property
+    def state(self) -> ModelState:
+        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on disk."""
+        if self._state is None:
+            everything = tuple(offloaded(chunk, Home.DISK, Home.DISK) for chunk in self.plan.chunks)
+            self.plan = replace(self.plan, chunks=everything)
+            self._open_state()
+        assert self._state is not None
+        return self._state
 
     @property
     def rank(self) -> int:
@@ -326,9 +348,7 @@ class Engine:
         self._hooks.begin_forward(self._step, number)
         with self._saved_tensors():
             output = self._forward(self.model, part)
-            if self._dtype is not None:
-                output = cast_floats(output, torch.float32)
-            loss = call_loss(self._loss, output, part)
+            loss = self._call_loss(output, part)
         weight = local / samples
         value = loss.item()
         if not math.isfinite(value):
@@ -354,6 +374,9 @@ class Engine:
         if self._custom_forward is not None:
             return self._custom_forward(model, part)
         return call_model(model, part, self._loss is not None)
+
+    def _call_loss(self, output: Any, part: Any) -> torch.Tensor:
+        return call_loss(self._loss, output if self._dtype is None else cast_floats(output, torch.float32), part)
 
     def _saved_tensors(self) -> Any:
         return saved_by_place(self.state) if self.state.drops_copies else nullcontext()
@@ -390,30 +413,32 @@ class Engine:
 
     def _forget(self) -> None:
         """What a failed step had in memory."""
-        self.state.forget_gradients()
+        if self._state is not None:
+            self._state.forget_gradients()
         if self._moving is not None:
             self._moving.clear()
 
     # ---- before the first step
 
-    def _open_state(self, clip_grad_norm: float | None, filler: "Filler | None") -> ModelState:
+    def _open_state(self) -> None:
         """Put the model's state where the plan has its home."""
         optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
         extents = state_extents(self._layouts, self.plan, optims)
         if extents:
             self._tier = self._open_tier(extents)
         fill = None
-        if filler is not None:
+        if self._filler is not None:
             modules = {unit.name: unit.module for unit in self._units}
-            fill = lambda unit, tensors: filler.fill(unit, modules.get(unit, self.model), tensors)  # noqa: E731
+            filler, model = self._filler, self.model
+            fill = lambda unit, tensors: filler.fill(unit, modules.get(unit, model), tensors)  # noqa: E731
         try:
-            return ModelState(
+            self._state = ModelState(
                 self.model,
                 self._layouts,
                 self.plan,
                 self._optimizer,
                 self.transport,
-                clip_grad_norm,
+                self._clip_grad_norm,
                 self._tier,
                 optims,
                 fill,
@@ -422,45 +447,66 @@ class Engine:
             if self._tier is not None:
                 self._tier.close()
             raise
+        if self._make_lr_scheduler is not None:
+            self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
+        self._state.drop_all()
+
+    def _open_tier(self, extents: dict[str, int]) -> DiskTier:
+        folder = self.memory.disk_folder
+        assert folder is not None
+        return DiskTier(folder, self._run_name, self.rank, extents, self.memory.disk_limit_bytes)
 
     def _compile(self, micro: Sequence[Any]) -> None:
-        """Record the order of units and compile the program, once."""
+        """Record the order of units, find the plan that fits, and compile its program, once."""
         if self._program is not None:
             return
         part = next((part for part in micro if part is not None), None)
         if part is None:
             raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
-        with self.gathered() if self.state.drops_copies else nullcontext():  # in case the model has to run for real
-            self._trace = trace_model(self.model, self._units, self._forward, part)
+        open_ = self._constraints.open(self.memory)
+        drops_copies = self._state is not None and self._state.drops_copies
+        with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
+            self._trace = self._record(part)
             if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
                 self._hooks.remove()
                 self._units = (Unit(ROOT, self.model),)
                 self._hooks = self._install_hooks()
-                self._trace = trace_model(self.model, self._units, self._forward, part)
+                self._trace = self._record(part)
         self._hooks.follow(self._trace)
-        profile = self._profile(part) if Activations.OFFLOAD_DISK in self.plan.activations else None
-        shape = step_shape(self._trace, self._units, self.state.chunks, profile)
-        self._held = shape.held
-        self._program = compile_program(shape, self.plan)
+        planner = Planner(
+            self.model,
+            self._units,
+            self._layouts,
+            self._original_dtypes,
+            self._optimizer,
+            self.memory,
+            self._is_ample,
+            self.transport,
+        )
+        open_ = replace(open_, homes=open_.homes and self._state is None)
+        planned = planner.plan(self.plan, open_, self._trace, self._forward, self._call_loss, part)
+        self.plan, self._program, self._held = planned.plan, planned.program, planned.held
+        self.predicted = planned.ledger
+        if self._state is None:
+            self._open_state()
         self._prepare_activations(self._program)
         if self._tier is not None:
             self._tier.lay_out(self._program)
 
-    def _profile(self, part: Any) -> MemoryProfile:
-        """What a micro-batch takes, measured without computing."""
+    def _record(self, part: Any) -> Trace:
         shapes = {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
-
-        def loss(output: Any, batch: Any) -> torch.Tensor:
-            return call_loss(self._loss, output if self._dtype is None else cast_floats(output, torch.float32), batch)
-
-        return measure_memory(self.model, self._units, self._forward, loss, part, shapes)
+        return trace_model(self.model, self._units, self._forward, part, shapes)
 
     def _prepare_activations(self, program: Program) -> None:
         """Wrap the units that are recomputed, and make room on disk for what is moved."""
         for index, unit in enumerate(self._units):
             if self.plan.activations_of(index) is Activations.RECOMPUTE:
                 self._recomputed.append(Recomputed(unit.module, unit.name).install())
-        moves = {(action.index, action.micro_batch): str(action).split()[1] for action in program.actions(Kind.SAVE)}
+        moves = {
+            (action.index, action.micro_batch): str(action).split()[1]
+            for action in program.actions(Kind.SAVE)
+            if action.index is not None and action.micro_batch is not None
+        }
         if not moves:
             return
         if self._tier is None:
@@ -468,11 +514,6 @@ class Engine:
         sizes = {buffer.name: buffer.num_bytes for buffer in program.buffers}
         self._tier.add_activations({name: sizes[name] for name in moves.values()})
         self._moving = self._hooks.moving = MovingActivations(self.state, self._tier, moves)
-
-    def _open_tier(self, extents: dict[str, int]) -> DiskTier:
-        folder = self.memory.disk_folder
-        assert folder is not None
-        return DiskTier(folder, self._run_name, self.rank, extents, self.memory.disk_limit_bytes)
 
     def _install_hooks(self) -> UnitHooks:
         return UnitHooks(

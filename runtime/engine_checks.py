@@ -11,9 +11,9 @@ from torch import nn
 from ..memory.budget import Memory, format_bytes
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
-from ..memory.process import read_process_memory
 from ..parallel.units import named_trainable
 from ..scheduler.plan import Plan
+from .host_figures import process_bytes
 
 __all__ = ["check_arguments", "check_fit"]
 
@@ -42,8 +42,8 @@ def check_arguments(model: nn.Module, micro_batches: int, clip_grad_norm: float 
 
 
 def check_fit(model: nn.Module, layouts: Sequence[ChunkLayout], plan: Plan, memory: Memory) -> bool:
-    """Raise DoesNotFit where state alone, without activations, exceeds the budget; else whether the budget is ample:
-    whether state and process take at most half of it."""
+    """Raise DoesNotFit where state alone, without activations, exceeds the budget and there is no disk for it; else
+    whether the budget is ample: whether all the state and the process take at most half of it."""
     budget = memory.host_bytes
     if budget is None:
         return True
@@ -55,13 +55,12 @@ def check_fit(model: nn.Module, layouts: Sequence[ChunkLayout], plan: Plan, memo
             shards = ranks if decision.optimizer_sharded else 1
             needed += elems * 4 // (ranks if decision.gradients_sharded else 1)
             needed += 8 * elems // shards + (4 * elems // shards if layout.dtype is not torch.float32 else 0)
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    base = max(read_process_memory().resident_bytes - model_bytes, 0)
-    if base + needed > budget:
+    base = process_bytes(list(model.parameters()))
+    if base + needed > budget and memory.disk is None:
         raise DoesNotFit(
             f"the model's state needs {format_bytes(needed)} on each rank (zero={plan.zero}, {ranks} "
             f"ranks, two optimizer slots) beside {format_bytes(base)} of the process itself; the host budget is "
             f"{format_bytes(budget)}, so {format_bytes(base + needed - budget)} are missing before any activation. "
-            f"Give more memory, more workers with zero=3, or a smaller model."
+            f"Give a disk (Memory(disk='/a/folder')), more memory, more workers with zero=3, or a smaller model."
         )
     return base + needed <= budget / 2

@@ -144,6 +144,16 @@ class PiecewiseOptimizer:
                 state[slot] = torch.empty(0, dtype=dtype)
 
     @property
+    def is_fused(self) -> bool:
+        """Whether every update is one pass without temporaries."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    @property
+    def is_foreach(self) -> bool:
+        """Whether an update makes temporaries of all its parameters at once."""
+        return any(group.get("foreach") for group in self.optimizer.param_groups)
+
+    @property
     def lr(self) -> float:
         """Learning rate of the first group."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0

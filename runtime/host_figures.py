@@ -1,0 +1,94 @@
+"""What a plan takes of host memory beside its program: state, gradients, buffers between ranks, updates.
+
+Owns these sums, from layouts and plan alone, before anything is made. Does not own adding them up over a step
+(`scheduler/ledger.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..memory.chunk import ChunkLayout
+from ..memory.process import read_process_memory
+from ..scheduler.ledger import HostFigures
+from ..scheduler.plan import ChunkPlan, Home, Plan
+from .adopting import TILE_ELEMS
+from .optimizer import PiecewiseOptimizer
+
+__all__ = ["host_figures", "process_bytes"]
+
+_RESERVE_BYTES = 24 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
+
+
+def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
+    """Resident bytes of this process without the model's parameters, as far as they have memory."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    return max(read_process_memory().resident_bytes - sum(storages.values()), 0)
+
+
+def host_figures(
+    layouts: Sequence[ChunkLayout],
+    plan: Plan,
+    optimizer: PiecewiseOptimizer,
+    original_dtypes: Mapping[str, torch.dtype],
+    transport: str,
+    process: int,
+) -> HostFigures:
+    """The figures of one rank.
+
+    Args:
+        transport: name of it; `single` on one rank.
+        process: bytes of the process without the model.
+    """
+    is_summed = plan.world_size > 1 or plan.precision != "float32"
+    state: dict[int, int] = {}
+    gradients: dict[int, int] = {}
+    updates: dict[int, int] = {}
+    copies: list[int] = []  # gathered copies that come and go
+    for layout, decision in zip(layouts, plan.chunks, strict=True):
+        owned = layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1)
+        has_master = original_dtypes[layout.fields[0].name] is not layout.dtype
+        state[layout.index] = _parameter_bytes(layout, decision, plan, transport)
+        if plan.world_size > 1 and decision.parameters_sharded and not _is_shared(decision, transport):
+            copies.append(layout.num_bytes)
+        if decision.optimizer_home is Home.HOST:
+            state[layout.index] += owned * original_dtypes[layout.fields[0].name].itemsize * has_master
+        if not layout.trainable:
+            continue
+        slots = sum(dtype.itemsize for dtype in optimizer.slots.values())
+        if decision.optimizer_home is Home.HOST:
+            state[layout.index] += owned * slots
+        sharded = plan.world_size if decision.gradients_sharded else 1
+        gradients[layout.index] = layout.num_elems // sharded * 4 if is_summed else layout.num_bytes
+        updates[layout.index] = _update_bytes(layout, decision, optimizer, owned, slots)
+    trainable = [layout.num_bytes for layout in layouts if layout.trainable]
+    exchange = sum(sorted(copies)[-(2 + plan.prefetch) :])
+    if plan.world_size > 1:
+        exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
+    return HostFigures(process, state, gradients, exchange, updates, is_summed, _RESERVE_BYTES)
+
+
+def _is_shared(decision: ChunkPlan, transport: str) -> bool:
+    return transport == "shared-memory" and decision.parameter_home is Home.HOST
+
+
+def _parameter_bytes(layout: ChunkLayout, decision: ChunkPlan, plan: Plan, transport: str) -> int:
+    if decision.parameter_home is Home.DISK:
+        return 0
+    if not decision.optimizer_sharded or plan.world_size == 1:
+        return layout.num_bytes
+    if transport == "shared-memory":  # the kernel counts every page that a process touches
+        return layout.num_bytes * (1 if decision.parameters_sharded else plan.world_size)
+    return layout.num_bytes // (plan.world_size if decision.parameters_sharded else 1)
+
+
+def _update_bytes(
+    layout: ChunkLayout, decision: ChunkPlan, optimizer: PiecewiseOptimizer, owned: int, slots: int
+) -> int:
+    """Temporaries of torch's update, and the slots that the first one makes before they go to their buffer."""
+    largest = min(max(field.num_elems for field in layout.fields), owned)
+    on_disk = decision.optimizer_home is Home.DISK
+    if on_disk:
+        largest = min(largest, TILE_ELEMS)
+    temporaries = 0 if optimizer.is_fused else 4 * (3 * owned if optimizer.is_foreach else 2 * largest)
+    return temporaries + (largest * slots if on_disk else 0)

@@ -1,0 +1,140 @@
+"""The host bytes of a program at its fullest moment, known before the first step.
+
+Owns adding up what lives when: state, buffers, gradients, activations. Does not own the numbers themselves (a
+`MemoryProfile`, the layouts of chunks) nor what is done where they do not fit (`fit.py`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..parallel.actions import Action, Kind
+from .memory_levels import Keeping, Levels, levels_under
+from .memory_profile import MemoryProfile
+from .plan import Activations, Plan, UpdateTime
+from .program import Program, StepShape
+
+__all__ = ["HostFigures", "Ledger", "host_ledger"]
+
+_KEEPING = {
+    Activations.KEEP: Keeping.KEEP,
+    Activations.RECOMPUTE: Keeping.RECOMPUTE,
+    Activations.OFFLOAD_HOST: Keeping.KEEP,  # on a unified machine: the same bytes
+    Activations.OFFLOAD_DISK: Keeping.OFFLOAD,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HostFigures:
+    """What does not follow from the program.
+
+    Attributes:
+        process_bytes: resident before the model: interpreter, libraries, the worker.
+        state_bytes: chunk -> bytes that lie in host memory from step to step, under the plan in question.
+        gradient_bytes: chunk -> bytes of its gradients while they are kept.
+        exchange_bytes: buffers between ranks.
+        update_bytes: chunk -> what an update takes beside the slots.
+        is_summed: whether gradients are summed into float32 buffers of their own.
+        reserve_bytes: for what nobody counts: the heap's gaps, threads' stacks, kernels' leftovers.
+    """
+
+    process_bytes: int
+    state_bytes: Mapping[int, int]
+    gradient_bytes: Mapping[int, int]
+    exchange_bytes: int
+    update_bytes: Mapping[int, int]
+    is_summed: bool
+    reserve_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The fullest moment.
+
+    Attributes:
+        peak_bytes: in host memory, the whole process.
+        where: the action.
+        parts: what the bytes are for.
+    """
+
+    peak_bytes: int
+    where: str
+    parts: dict[str, int]
+
+
+def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
+    """Walk the compute lane in its order: everything that host memory holds is bound to it."""
+    policies = [_KEEPING[plan.activations_of(use.unit)] for use in shape.units]
+    levels = levels_under(profile, policies)
+    fixed = {
+        "process": figures.process_bytes + profile.library_bytes,
+        "state": sum(figures.state_bytes.values()),
+        "buffers": program.arena_bytes("host"),
+        "exchange": figures.exchange_bytes,
+        "reserve": figures.reserve_bytes,
+    }
+    if figures.is_summed and plan.update is UpdateTime.AFTER:  # the sums stay from step to step
+        fixed["gradients"] = sum(figures.gradient_bytes.values())
+        gradients = dict.fromkeys(figures.gradient_bytes, 0)
+    else:
+        gradients = dict(figures.gradient_bytes)
+    walk = _Walk(levels)
+    held: set[int] = set()
+    best = Ledger(0, "", {})
+    for instruction in program.instructions:
+        action = instruction.action
+        activations = update = 0
+        if action.kind in (Kind.F, Kind.B):
+            if action.kind is Kind.B:
+                held |= _completed(action, shape)
+            activations = walk.top(action)
+        elif action.kind is Kind.STEP:
+            assert action.index is not None
+            activations = walk.now
+            update = figures.update_bytes.get(action.index, 0)
+        else:
+            continue
+        parts = fixed | {
+            "gradients": fixed.get("gradients", 0) + sum(gradients.get(chunk, 0) for chunk in held),
+            "activations": activations,
+            "update": update,
+        }
+        total = sum(parts.values())
+        if total > best.peak_bytes:
+            best = Ledger(total, str(action), parts)
+        if action.kind is Kind.STEP and action.index is not None:
+            held.discard(action.index)
+    return best
+
+
+def _completed(action: Action, shape: StepShape) -> set[int]:
+    """Chunks that get gradients in a backward action."""
+    assert action.index is not None
+    chunks = (*shape.held, *shape.uses(action.index))
+    return {chunk for chunk in chunks if shape.chunks[chunk].trainable}
+
+
+class _Walk:
+    """Live activation bytes of all micro-batches."""
+
+    def __init__(self, levels: Levels) -> None:
+        self._levels = levels
+        self._place = {phase: position for position, phase in enumerate(levels.order)}
+        self._done: dict[int, int] = {}
+        self.now = 0
+
+    def top(self, action: Action) -> int:
+        """The most during `action`, what lies between it and the one before it in its micro-batch included."""
+        assert action.index is not None
+        assert action.micro_batch is not None
+        phase = self._place.get((str(action.kind), action.index))
+        if phase is None:
+            return self.now
+        done = self._done.get(action.micro_batch, 0)
+        others = self.now - self._begin(done)
+        top = others + max(self._levels.summing_top_bytes[done : phase + 1], default=0)
+        self._done[action.micro_batch] = phase + 1
+        self.now = others + self._begin(phase + 1)
+        return top
+
+    def _begin(self, position: int) -> int:
+        return self._levels.begin_bytes[position] if 0 < position < len(self._levels.order) else 0
