@@ -232,6 +232,7 @@ class Executor:
         for thread in self._threads.values():
             thread.join(timeout=5)
         self._threads.clear()
+        self._failure = None  # its traceback holds what the failed step had in memory
 
     def _running_program(self) -> Program:
         if self._failure is not None:

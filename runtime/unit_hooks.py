@@ -128,8 +128,10 @@ class UnitHooks:
     def end(self) -> None:
         """The micro-batch is over, or was given up."""
         current = self._current
-        if current is not None and current.saving is not None:  # its unit raised
-            current.saving.__exit__(None, None, None)
+        if current is not None:
+            current.outputs = []  # a hook of the graph holds on to `current`, so these would keep the graph alive
+            if current.saving is not None:  # its unit raised
+                current.saving.__exit__(None, None, None)
         self._local.current = None
 
     @property
