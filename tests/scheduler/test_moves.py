@@ -56,8 +56,9 @@ def test_updates_inside_the_backward_find_the_parameters_there():
     [
         (
             1,
-            """READ c0:param, READ c1:param, F0.0, DROP c0:param, READ c2:param, F1.0, READ c2:optim, F2.0, B2.0, STEP c2
-            WRITE c2:param, WRITE c2:optim, READ c1:optim, B1.0, READ c0:param, STEP c1, WRITE c1:param, WRITE c1:optim
+            """READ c0:param, READ c1:param, F0.0, DROP c0:param, READ c2:param, F1.0, READ c2:optim, F2.0, B2.0
+            STEP c2, WRITE c2:param, WRITE c2:optim, READ c1:optim, B1.0
+            READ c0:param, STEP c1, WRITE c1:param, WRITE c1:optim
             READ c0:optim, B0.0, STEP c0, WRITE c0:param, WRITE c0:optim, NORM""",
         ),
         (
@@ -257,7 +258,7 @@ def test_no_plan_reads_less_than_the_optimum(seed):
     plan = replace(random_plan(rng, shape), micro_batches=1)
     actions = before_moves(shape, plan)
     moved = add_moves(actions, shape, plan)
-    taken = peak_bytes(moved.lifetimes, {c: use for c, use in enumerate(shape.chunks)})
+    taken = peak_bytes(moved.lifetimes, dict(enumerate(shape.chunks)))
     assert num_moved_bytes(moved.actions, shape)[Kind.READ] >= optimum_moved_bytes(actions, shape, plan, taken)
     once = sum(
         use.param_bytes * (f"c{c}:param" in moved.lifetimes) + use.optim_bytes * (f"c{c}:optim" in moved.lifetimes)
