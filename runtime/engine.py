@@ -295,6 +295,7 @@ class Engine:
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
+        self._forget()  # what is in the tier's buffers goes with them
         tier, self._tier = self._tier, None
         try:
             if tier is not None:
@@ -345,7 +346,19 @@ class Engine:
         self._is_carried = False
 
     def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
+        try:
+            self._take_through(number, part, local, samples)
+        finally:
+            self._hooks.end()
+        # Before the micro-batch's end: from then on the norm, which exchanges the loss too, may run on its lane.
+        self.state.micro_loss = sum(self._losses[each] for each in sorted(self._losses))
+        self._executor.complete_micro_batch(number)
+
+    def _take_through(self, number: int, part: Any, local: int, samples: int) -> None:
+        """A micro-batch's way through the model and back."""
         self._hooks.begin_forward(self._step, number)
+        if self._held:
+            self._executor.await_next()  # the model may use these chunks before it comes to a unit
         with self._saved_tensors():
             output = self._forward(self.model, part)
             loss = self._call_loss(output, part)
@@ -360,13 +373,9 @@ class Engine:
         loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
         del loss
         self._hooks.end_backward()
-        self._hooks.end()
         if self._moving is not None:
             self._moving.release_micro_batch(number)
-        # Before the micro-batch's end: from then on the norm, which exchanges the loss too, may run on its lane.
         self._losses[number] = value * local / samples
-        self.state.micro_loss = sum(self._losses[each] for each in sorted(self._losses))
-        self._executor.complete_micro_batch(number)
 
     def _forward(self, model: nn.Module, part: Any) -> Any:
         if self._dtype is not None:

@@ -141,6 +141,19 @@ class Executor:
         actions = (program.instructions[position].action for position in order[self._cursor :])
         return next((a for a in actions if a.kind.is_compute and a.micro_batch not in over), None)
 
+    def await_next(self) -> None:
+        """Run what lies before the next compute action and wait for what that needs, without coming to it: a model's
+        own code may use parameters before it comes to its first unit."""
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        while self._cursor < len(order):
+            position = order[self._cursor]
+            if program.instructions[position].action.kind.is_compute:
+                self._wait_for(position)
+                return
+            self._pass(position)
+
     def pass_over(self, action: Action) -> None:
         """Come to a backward action that no gradient reached: what lies before it is run, and it is done.
 
@@ -232,7 +245,8 @@ class Executor:
         for thread in self._threads.values():
             thread.join(timeout=5)
         self._threads.clear()
-        self._failure = None  # its traceback holds what the failed step had in memory
+        if self._failure is not None:  # its traceback holds what the failed step had in memory
+            self._failure = RuntimeError("the executor was closed")
 
     def _running_program(self) -> Program:
         if self._failure is not None:

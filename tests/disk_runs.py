@@ -1,0 +1,163 @@
+"""Small training runs with state on disk, whose disk does what a test wants; and what must be left of them: nothing."""
+
+import functools
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from faulty_io import Fault
+from torch import nn
+
+from outgrow.memory.budget import Memory
+from outgrow.memory.direct_io import DirectIO
+from outgrow.memory.errors import StoreError
+from outgrow.runtime import engine as engine_module
+from outgrow.runtime.disk_tier import DiskTier
+from outgrow.runtime.engine import Engine
+
+BY_UNIT = {"order": "by-unit", "micro_batches": 3}
+
+
+class Layer(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(dim, dim), nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(torch.tanh(self.linear(x)))
+
+
+class Net(nn.Module):
+    """Three units, a head, and a parameter that is used outside of them."""
+
+    def __init__(self, dim: int = 24) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.layers = nn.ModuleList([Layer(dim) for _ in range(2)])
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x * self.scale)
+
+
+def net(dim: int = 24) -> nn.Module:
+    torch.manual_seed(3)
+    return Net(dim)
+
+
+def batch(step: int, samples: int = 6, dim: int = 24) -> Any:
+    generator = torch.Generator().manual_seed(50 + step)
+    return torch.randn(samples, dim, generator=generator), torch.randint(0, 5, (samples,), generator=generator)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def make(
+    folder: Path | str | None,
+    io: DirectIO | None = None,
+    deadline_s: float = 20.0,
+    model: Callable[[], nn.Module] = net,
+    disk_limit: int | str | None = None,
+    **settings: Any,
+) -> Engine:
+    """An engine with all of its state in `folder`; None: in memory."""
+    memory = None if folder is None else Memory(disk=folder, disk_limit=disk_limit)
+    settings = {"offload": "none" if folder is None else "all", "run_name": "demo"} | settings
+    tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s)
+    with mock.patch.object(engine_module, "DiskTier", tier):  # the tier itself, with other system calls
+        return Engine(model(), optimizer=adamw, loss=nn.CrossEntropyLoss(), memory=memory, seed=1, **settings)
+
+
+def train(engine: Engine, first: int, last: int) -> list[float]:
+    """Losses of steps `first` to `last`, counted from 1."""
+    return [engine.step(batch(step)).loss for step in range(first, last + 1)]
+
+
+@functools.cache
+def expected(num_steps: int = 4, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and last weights of a run that keeps everything in memory."""
+    engine = make(None, **settings)
+    losses = train(engine, 1, num_steps)
+    weights = engine.state_dict()
+    engine.close()
+    return losses, weights
+
+
+def same_weights(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> bool:
+    return mine.keys() == its.keys() and all(torch.equal(value, its[name]) for name, value in mine.items())
+
+
+class From:
+    """A fault on the n-th read (or write) and all later ones, until `heal` is called."""
+
+    def __init__(self, fault: Fault, write: bool, n: int = 0) -> None:
+        self.fault, self.write, self.n = fault, write, n
+        self.count = self.num_hits = 0
+        self._lock = threading.Lock()
+        self._healed = False
+
+    def heal(self) -> None:
+        self._healed = True
+
+    def __call__(self, transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
+        if write is not self.write or self._healed:
+            return transfer(view)
+        with self._lock:
+            number, self.count = self.count, self.count + 1
+            self.num_hits += number >= self.n
+        return transfer(view) if number < self.n else self.fault(transfer, view, write)
+
+
+class BrokenDriverError(Exception):
+    """What no one expects a system call to raise."""
+
+
+def another_kind(transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
+    raise BrokenDriverError("the driver is mad")
+
+
+def files(folder: Path | str) -> list[Path]:
+    return sorted(Path(folder).glob("outgrow-*"))
+
+
+def names_the_place(error: StoreError, path: Path, rank: int = 0, run: str = "demo") -> bool:
+    """Whether the error says all that a person needs to find the bytes, in fields and in words, and what to do."""
+    place, text = error.place, str(error)
+    assert place is not None
+    assert (place.run, place.rank, place.path) == (run, rank, str(path))
+    assert place.chunk.startswith("c")
+    assert place.slot in ("param", "optim")
+    assert place.offset_bytes is not None
+    for words in (f"run {run}", f"rank {rank}", f"chunk {place.chunk}", f"slot {place.slot}", f"file {path}"):
+        assert words in text
+    assert f"offset {place.offset_bytes}" in text
+    return any(words in text for words in ("start from a checkpoint", "Start from a checkpoint", "Free space"))
+
+
+def _held() -> tuple[int, int, int]:
+    torch.ones(1, requires_grad=True).backward()  # torch keeps what a failed backward left over until the next one
+    gc.collect()
+    maps = sum(type(each) is mmap.mmap and not each.closed for each in gc.get_objects())
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), maps
+
+
+@contextmanager
+def nothing_is_left(folder: Path) -> Iterator[None]:
+    """Descriptors, threads and mapped memory are afterwards what they were, and the folder has no file of ours."""
+    before = _held()
+    yield
+    after = _held()
+    assert after == before, "descriptors, threads, mappings were left behind"
+    assert files(folder) == []
