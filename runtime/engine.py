@@ -290,16 +290,19 @@ class Engine:
         return Statistics(self.state.held_bytes(), dict(self._peak_slots))
 
     def close(self) -> None:
-        """End the lanes and leave the group; the model keeps its (gathered) weights, but for those on disk."""
+        """End the lanes and leave the group; the model keeps its (gathered) weights, but for those on disk.
+
+        May be repeated. Raises LaneTimeout where a transfer does not come back; what it uses stays until it does.
+        """
         for recomputed in self._recomputed:
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
         self._forget()  # what is in the tier's buffers goes with them
-        tier, self._tier = self._tier, None
         try:
-            if tier is not None:
-                tier.close()
+            if self._tier is not None:
+                self._tier.close()
+                self._tier = None
         finally:
             if self.transport is not None and not self.state.drops_copies:
                 self.transport.close()

@@ -4,6 +4,8 @@ import functools
 import gc
 import mmap
 import os
+import resource
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,10 +102,11 @@ def same_weights(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) ->
 
 
 class From:
-    """A fault on the n-th read (or write) and all later ones, until `heal` is called."""
+    """A fault on the n-th read (or write; None: either) and the `times` - 1 after it (None: all), until `heal`."""
 
-    def __init__(self, fault: Fault, write: bool, n: int = 0) -> None:
+    def __init__(self, fault: Fault, write: bool | None, n: int = 0, times: int | None = None) -> None:
         self.fault, self.write, self.n = fault, write, n
+        self.stop = float("inf") if times is None else n + times
         self.count = self.num_hits = 0
         self._lock = threading.Lock()
         self._healed = False
@@ -112,12 +115,13 @@ class From:
         self._healed = True
 
     def __call__(self, transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
-        if write is not self.write or self._healed:
+        if self._healed or self.write not in (None, write):
             return transfer(view)
         with self._lock:
-            number, self.count = self.count, self.count + 1
-            self.num_hits += number >= self.n
-        return transfer(view) if number < self.n else self.fault(transfer, view, write)
+            hits = self.n <= self.count < self.stop
+            self.count += 1
+            self.num_hits += hits
+        return self.fault(transfer, view, write) if hits else transfer(view)
 
 
 class BrokenDriverError(Exception):
@@ -161,3 +165,21 @@ def nothing_is_left(folder: Path) -> Iterator[None]:
     after = _held()
     assert after == before, "descriptors, threads, mappings were left behind"
     assert files(folder) == []
+
+
+@contextmanager
+def small_file_system(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder with so much space: a file system of its own where we may mount one; else files are limited to it."""
+    folder.mkdir()
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)], capture_output=True, check=False
+    ).returncode  # fmt: skip
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)

@@ -2,7 +2,7 @@
 and nothing is left behind."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from disk_runs import (
     same_weights,
     train,
 )
-from faulty_io import EIO, ENOSPC, FaultyIO, fails_with, nothing_moved
+from faulty_io import EIO, ENOSPC, Fault, FaultyIO, fails_with, nothing_moved, short_by_half
 
-from outgrow.memory.errors import DiskFault, DiskFull, StateLost, StoreError
+from outgrow.memory.errors import DiskFault, DiskFull, OutgrowError, StateLost, StoreError
 from outgrow.parallel.actions import Kind
 from outgrow.runtime.engine import Engine
 from outgrow.scheduler.program import Program
@@ -65,6 +65,14 @@ def goes_on(engine: Engine, folder: Path, settings: dict[str, Any]) -> bool:
     assert train(engine, 4, 4) == losses[3:4]
     assert same_weights(engine.state_dict(), weights)
     return True
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, OutgrowError | None]:
+    """What it gives, or what it raises."""
+    try:
+        return call(), None
+    except OutgrowError as error:
+        return None, error
 
 
 KINDS = {
@@ -119,3 +127,134 @@ def test_every_request_of_a_step_fails_once_and_for_all(tmp_path: Path, write: b
         n += 1
     assert num_went_on > 0
     assert num_refused > 0 or not write
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["reads", "writes"])
+def test_every_request_before_and_in_the_first_step_fails(tmp_path: Path, write: bool) -> None:
+    """The engine is not made, or does its first step when the fault has passed, or refuses; whatever was opened is
+    closed."""
+    losses, weights = expected(num_steps=1)
+    n, outcomes = 0, set()
+    while "the fault was never met" not in outcomes:
+        name, (fault, kind) = list(KINDS.items())[n % len(KINDS)]
+        disk = From(fault, write, n)
+        n += 1
+        io = FaultyIO(always=disk)
+        io.arm()
+        engine, error = attempt(lambda io=io: make(tmp_path, io))
+        if engine is None:
+            assert type(error) is kind, name
+            assert "run demo, rank 0" in str(error)
+            assert files(tmp_path) == []
+            outcomes.add("not made")
+            continue
+        result, error = attempt(lambda engine=engine: train(engine, 1, 1))
+        if error is None:
+            assert disk.num_hits == 0
+            outcomes.add("the fault was never met")
+        else:
+            assert type(error) is kind, name
+            assert names_the_place(error, *files(tmp_path))
+            disk.heal()
+            result, error = attempt(lambda engine=engine: train(engine, 1, 1))
+            outcomes.add("done again" if error is None else "refused")
+            assert error is None or type(error) is StateLost
+        disk.heal()
+        if error is None:
+            assert result == losses
+            assert same_weights(engine.state_dict(), weights)
+        engine.close()
+        del engine, error, result
+    assert {"not made", "refused" if write else "done again"} <= outcomes
+
+
+@pytest.mark.parametrize(("fault", "write"), [(EIO, False), (short_by_half, None)], ids=["EIO", "short"])
+def test_what_passes_by_itself_is_not_noticed(tmp_path: Path, fault: Fault, write: bool | None) -> None:
+    """A read that fails once is tried again; a short transfer goes on where it stopped."""
+    losses, weights = expected()
+    n, was_met = 0, True
+    while was_met:
+        once = From(fault, write, n, times=1)
+        io = FaultyIO(always=once)
+        engine = make(tmp_path, io)
+        assert train(engine, 1, 2) == losses[:2]
+        io.arm()
+        assert train(engine, 3, 4) == losses[2:]
+        was_met = once.num_hits == 1
+        assert same_weights(engine.state_dict(), weights)
+        engine.close()
+        n += 3
+    assert n > 12
+
+
+def test_a_step_that_fails_before_it_begins_leaves_the_last_steps_writes_to_be_done(tmp_path: Path) -> None:
+    losses, weights = expected()
+    engine = make(tmp_path)
+    assert train(engine, 1, 2) == losses[:2]
+    assert engine.program is not None
+    assert engine.program.num_carried > 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at least one sample"):
+            engine.step(None)
+    assert train(engine, 3, 4) == losses[2:]
+    assert same_weights(engine.state_dict(), weights)
+    engine.close()
+
+
+@pytest.mark.parametrize("settings", [{}, BY_UNIT], ids=["sequential", "by-unit"])
+def test_a_model_that_fails_in_its_forward_leaves_everything_as_it_was(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    losses, weights = expected(**settings)
+    engine = make(tmp_path, **settings)
+    assert train(engine, 1, 2) == losses[:2]
+
+    def fail(*_: Any) -> None:
+        raise KeyError("mine")
+
+    for unit in (engine.model.layers[0], engine.model.layers[1], engine.model.head):
+        handle = unit.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="mine"):
+            train(engine, 3, 3)
+        handle.remove()
+    assert train(engine, 3, 4) == losses[2:]
+    assert same_weights(engine.state_dict(), weights)
+    engine.close()
+
+
+def test_a_model_that_fails_after_an_update_is_refused_from_then_on(tmp_path: Path) -> None:
+    losses, _ = expected()
+    engine = make(tmp_path)
+    assert train(engine, 1, 2) == losses[:2]
+
+    def fail(*_: Any) -> None:
+        raise KeyError("mine")
+
+    handle = engine.model.layers[0].linear.register_full_backward_hook(fail)  # the head was updated before
+    with pytest.raises(KeyError, match="mine"):
+        train(engine, 3, 3)
+    handle.remove()
+    assert not goes_on(engine, tmp_path, {})
+    engine.close()
+
+
+@pytest.mark.parametrize("ask", ["state_dict", "export", "gathered"])
+def test_a_write_that_is_left_of_the_last_step_fails_and_is_tried_again(tmp_path: Path, ask: str) -> None:
+    """Its buffer still holds what it was to write: nothing is lost as long as the disk comes back."""
+    losses, weights = expected()
+    disk = From(EIO, write=True)
+    io = FaultyIO(always=disk)
+    engine = make(tmp_path, io)
+    assert train(engine, 1, 4) == losses
+    io.arm()
+    asks = {
+        "state_dict": engine.state_dict,
+        "export": lambda: engine.export(tmp_path / "w.safetensors"),
+        "gathered": lambda: engine.gathered().__enter__(),
+    }
+    for _ in range(3):
+        with pytest.raises(DiskFault):
+            asks[ask]()
+    disk.heal()
+    assert same_weights(engine.state_dict(), weights)
+    engine.close()
