@@ -150,7 +150,7 @@ def names_the_place(error: StoreError, path: Path, rank: int = 0, run: str = "de
     return any(words in text for words in ("start from a checkpoint", "Start from a checkpoint", "Free space"))
 
 
-def _held() -> tuple[int, int, int]:
+def held() -> tuple[int, int, int]:
     torch.ones(1, requires_grad=True).backward()  # torch keeps what a failed backward left over until the next one
     gc.collect()
     maps = sum(type(each) is mmap.mmap and not each.closed for each in gc.get_objects())
@@ -160,9 +160,9 @@ def _held() -> tuple[int, int, int]:
 @contextmanager
 def nothing_is_left(folder: Path) -> Iterator[None]:
     """Descriptors, threads and mapped memory are afterwards what they were, and the folder has no file of ours."""
-    before = _held()
+    before = held()
     yield
-    after = _held()
+    after = held()
     assert after == before, "descriptors, threads, mappings were left behind"
     assert files(folder) == []
 
