@@ -135,10 +135,11 @@ class Executor:
         raise OutOfOrder(f"the program has no {action} left, the model came to it")
 
     def next_compute(self, over: Set[int]) -> Action | None:
-        """The compute action that comes next, those of the micro-batches that are `over` left out."""
+        """The compute action that comes next, those of micro-batches that are `over`, or have no sample, left out."""
         program = self._running_program()
         order = program.by_lane.get(Lane.COMPUTE, ())
         actions = (program.instructions[position].action for position in order[self._cursor :])
+        over = {*over, *self._skipped}
         return next((a for a in actions if a.kind.is_compute and a.micro_batch not in over), None)
 
     def await_next(self) -> None:

@@ -1,0 +1,128 @@
+"""Training with state in various places, for comparing bits; and sets of cases in which every two words meet."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from models import DROPPING
+
+from outgrow import Engine, Memory
+from outgrow.scheduler import fit
+
+__all__ = ["OPTIMIZERS", "Outcome", "covering", "engine_of", "grouped", "outcome"]
+
+
+def grouped(parameters: Any) -> torch.optim.Optimizer:
+    """Two groups by shape, with settings of their own."""
+    kept = list(parameters)
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in kept if p.dim() > 1], "weight_decay": 0.2},
+            {"params": [p for p in kept if p.dim() <= 1], "weight_decay": 0.0, "lr": 3e-2, "betas": (0.8, 0.9)},
+        ],
+        lr=1e-2,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+    "fused": functools.partial(torch.optim.AdamW, lr=1e-2, fused=True),
+    "groups": grouped,
+    "sgd": functools.partial(torch.optim.SGD, lr=0.1),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=1e-3, centered=True, momentum=0.5),
+    "adagrad": functools.partial(torch.optim.Adagrad, lr=1e-2, initial_accumulator_value=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that must not depend on where state lies."""
+
+    losses: list[float]
+    norms: list[float | None]
+    rates: list[float]
+    weights: Mapping[str, torch.Tensor]
+
+    def differ(self, other: "Outcome") -> list[str]:
+        """What is not the same, bit for bit."""
+        words = ("losses", "norms", "rates")
+        wrong = [
+            f"{name} {getattr(self, name)} {getattr(other, name)}" for name in words if not _same(self, other, name)
+        ]
+        assert list(self.weights) == list(other.weights)
+        return wrong + [name for name in self.weights if not torch.equal(self.weights[name], other.weights[name])]
+
+
+def _same(one: Outcome, other: Outcome, name: str) -> bool:
+    return getattr(one, name) == getattr(other, name)
+
+
+@contextmanager
+def engine_of(
+    name: str, optimizer: str, folder: str | None, prefetch: int = 1, cache_bytes: int = 0, **arguments: Any
+) -> Iterator[Engine]:
+    """An engine whose parameters on disk may stay in `cache_bytes` of memory, instead of in what the machine has."""
+    case = arguments.pop("case", DROPPING[name])
+    engine = Engine(
+        case.model(), loss=case.loss, optimizer=OPTIMIZERS[optimizer], memory=Memory(disk=folder), **arguments
+    )
+    engine.plan = replace(engine.plan, prefetch=prefetch)
+
+    def as_told(found: Any, _budget: int, assess: Any) -> Any:
+        return assess(replace(found.plan, cache_bytes=cache_bytes))
+
+    with mock.patch.object(fit, "_cache_more", as_told):
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def outcome(
+    name: str, optimizer: str, folder: str | None, batches: Sequence[Any] | None = None, **arguments: Any
+) -> Outcome:
+    """Three steps, or one for each of `batches`."""
+    if batches is None:
+        batches = [DROPPING[name].batch(step, 6) for step in range(3)]
+    with engine_of(name, optimizer, folder, **arguments) as engine:
+        results = [engine.step(batch) for batch in batches]
+        return Outcome(
+            [r.loss for r in results], [r.grad_norm for r in results], [r.lr for r in results], engine.state_dict()
+        )
+
+
+def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few rows in which every two words of different factors meet: each row takes as many new pairs as it can."""
+    names = sorted(factors, key=lambda name: -len(factors[name]))
+    missing = {
+        ((one, i), (other, j))
+        for one, other in itertools.combinations(names, 2)
+        for i in range(len(factors[one]))
+        for j in range(len(factors[other]))
+    }
+    rows = []
+    while missing:
+        (one, i), (other, j) = min(missing)
+        row = {one: i, other: j}
+        for name in names:
+            if name not in row:
+                gains = [
+                    sum(
+                        ((earlier, row[earlier]), (name, k)) in missing
+                        or ((name, k), (earlier, row[earlier])) in missing
+                        for earlier in row
+                    )
+                    for k in range(len(factors[name]))
+                ]
+                best = max(gains)
+                tied = [k for k, gain in enumerate(gains) if gain == best]
+                row[name] = tied[len(rows) % len(tied)]
+        missing -= {(a, b) for a in row.items() for b in row.items()}
+        rows.append({name: factors[name][row[name]] for name in factors})
+    return rows
