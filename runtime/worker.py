@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     base_bytes = read_process_memory().resident_bytes
     source = open_data(job.data, config, place.rank, place.num_ranks)
     memory = job.memory if job.memory is not None else Memory.detect(place.num_local)
-    engine = progress.engine = _engine(job, memory)
+    engine = progress.engine = _engine(job, memory, Path(run_path).name)
     sink.send(
         Started(
             place.rank,
@@ -114,7 +115,7 @@ def _finished(place: Place, engine: Engine) -> Finished:
     return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 
-def _engine(job: Job, memory: Memory) -> Engine:
+def _engine(job: Job, memory: Memory, run_name: str) -> Engine:
     config = job.config
     built = _built(job, memory)
     try:
@@ -133,6 +134,7 @@ def _engine(job: Job, memory: Memory) -> Engine:
             zero=config.zero,
             seed=config.seed,
             units=job.units,
+            run_name=run_name,
             **further,
         )
     except ValueError as error:

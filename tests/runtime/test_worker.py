@@ -70,7 +70,7 @@ def engine(monkeypatch):
 
     def make(model, num_bytes=1 << 30, init=None, **arguments):
         memory = Memory(host=read_process_memory().resident_bytes + num_bytes)
-        return worker._engine(Job(TrainConfig(**arguments), model, [], init=init), memory)
+        return worker._engine(Job(TrainConfig(**arguments), model, [], init=init), memory, "demo")
 
     return make
 
