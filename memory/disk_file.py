@@ -154,8 +154,10 @@ class SlotFile:
             try:
                 fd = self._io.create(self.path)
             except FileExistsError as error:
-                raise StoreError("another store of this process has this run and rank; name one differently",
-                                 self.place) from error  # fmt: skip
+                raise StoreError(
+                    "another store of this process has this run and rank; close what has it open, or name one "
+                    "differently", self.place
+                ) from error  # fmt: skip
             except OSError as error:
                 raise store_error(error, "create the file", self.place) from error
             try:
