@@ -73,7 +73,7 @@ class ModelState:
         self.loss = 0.0
         self.micro_loss = 0.0
         self._norms: dict[str, torch.Tensor] = {}
-        self._stashed: dict[tuple[int, int], torch.Tensor | None] = {}  # (micro-batch, parameter) -> gradient
+        self._stashed: dict[tuple[int | None, int], torch.Tensor | None] = {}  # (micro-batch, parameter) -> gradient
         self._offloaded = OffloadedState(tier, optimizer, self._point_at_full) if tier is not None else None
         self.chunks: list[ChunkState] = []
         adoption = Adoption(self._by_name, plan, transport, self._offloaded, optims, self._point_at_full)
@@ -127,6 +127,9 @@ class ModelState:
     def reduce(self, action: Action) -> None:
         """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
         chunk = self._chunk(action)
+        for parameter in chunk.parameters:  # put by in a turn that was not known to be the micro-batch's last
+            if (stashed := self._stashed.pop((action.micro_batch, id(parameter)), None)) is not None:
+                parameter.grad = stashed
         _refuse_sparse(chunk)
         first = chunk.used is None
         whole = self._transport is None or not self._plan.chunks[chunk.layout.index].gradients_sharded

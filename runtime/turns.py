@@ -24,7 +24,8 @@ class Turns:
 
     Args:
         executor: a step has begun on it when `run` is called.
-        leave, enter: called with a micro-batch's number when its turn ends before it is over, and when the next begins.
+        leave, enter: called with a micro-batch's number when its turn ends before the program is done with it, and when
+            its next one begins.
         deadline_s: how long a turn may last.
     """
 
@@ -41,6 +42,7 @@ class Turns:
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._holder: int | None = None
+        self._numbers: set[int] = set()
         self._finished: set[int] = set()
         self._failure: BaseException | None = None
         self._local = threading.local()
@@ -55,13 +57,13 @@ class Turns:
         """
         if not bodies:
             return
-        numbers = {number for number, _ in bodies}
+        self._numbers = {number for number, _ in bodies}
         num_threads = torch.get_num_threads()
         threads = [
             threading.Thread(target=self._run_body, args=(*body, num_threads), name=f"micro-batch-{body[0]}")
             for body in bodies
         ]
-        self._holder = min(numbers)
+        self._holder = min(self._numbers)
         self._finished = set()
         for thread in threads:
             thread.start()
@@ -80,16 +82,23 @@ class Turns:
         if me is None:
             self._executor.advance_to(action)
             return
+        if self._executor.next_compute(self._finished) == action:  # the turn goes on, or the first one begins
+            self._local.has_begun = True
+            self._executor.advance_to(action)
+            return
         random_state = torch.get_rng_state()
-        self._leave(me)
+        if self._local.has_begun:
+            self._leave(me)
         while True:
             following = self._await_turn(me, action)
             if following is None or following == action:
                 break
             self._executor.pass_over(following)  # no gradient reached it
-        self._enter(me)
+        self._executor.advance_to(action)  # what comes before may still need what the last turn left
+        if self._local.has_begun:
+            self._enter(me)
+        self._local.has_begun = True
         torch.set_rng_state(random_state)
-        self._executor.advance_to(action)
 
     def _await_turn(self, me: int, action: Action) -> Action | None:
         """Hand over to whose compute action comes next, and wait until that is this micro-batch's own: returned."""
@@ -109,8 +118,16 @@ class Turns:
         self._holder = me if following is None or following.micro_batch is None else following.micro_batch
         self._changed.notify_all()
 
+    def _leave_unfinished(self, me: int) -> None:
+        """The program goes on with this micro-batch later, past backward actions that no gradient reached."""
+        with self._changed:
+            following = self._executor.next_compute(self._numbers - {me})
+        if following is not None:
+            self._leave(me)
+
     def _run_body(self, number: int, body: Callable[[], None], num_threads: int) -> None:
         self._local.number = number
+        self._local.has_begun = False
         torch.set_num_threads(num_threads)  # torch keeps it for each thread
         try:
             with self._changed:
@@ -118,6 +135,7 @@ class Turns:
                 if self._failure is not None:
                     return
             body()
+            self._leave_unfinished(number)
         except _Ended:
             return
         except BaseException as error:
