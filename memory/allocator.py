@@ -7,8 +7,11 @@ instead, so it is done only where the budget is ample (the caller decides).
 
 import ctypes
 import logging
+from pathlib import Path
 
-__all__ = ["keep_freed_blocks", "return_blocks_at_once", "return_freed_blocks"]
+import torch
+
+__all__ = ["keep_freed_blocks", "release_kernel_buffers", "return_blocks_at_once", "return_freed_blocks"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,3 +48,14 @@ def return_freed_blocks() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (OSError, AttributeError):
         return False
+
+
+def release_kernel_buffers() -> bool:
+    """Give back what matrix kernels keep for each thread that ever called them (tens of MiB for large matrices); they
+    take it again with the next call. False where torch's library has no such function."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.mkl_serv_free_buffers()
+    except (OSError, AttributeError):
+        return False
+    return True

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
+from ..memory.allocator import keep_freed_blocks, release_kernel_buffers, return_blocks_at_once
 from ..memory.budget import Memory
 from ..memory.errors import NotFinite
 from ..memory.process import peak_host_bytes, reset_peak
@@ -162,7 +162,7 @@ class Engine:
         self._held: tuple[int, ...] = ()  # chunks used outside of units
         self._turns = Turns(
             self._executor,
-            lambda number: self.state.stash_gradients(self._held, number),
+            self._leave_turn,
             lambda number: self.state.restore_gradients(self._held, number),
         )
         self._hooks = self._install_hooks()
@@ -324,6 +324,11 @@ class Engine:
                     if part is not None
                 ]
             )
+
+    def _leave_turn(self, micro_batch: int) -> None:
+        self.state.stash_gradients(self._held, micro_batch)
+        if not self._is_ample:
+            release_kernel_buffers()  # else each micro-batch's thread would keep its own
 
     def _recover(self) -> None:
         """After a failed step: as if it had not been."""
