@@ -9,8 +9,9 @@ import pytest
 import torch
 from models import CASES, DROPPING
 from residency import OPTIMIZERS, Outcome, covering, engine_of, outcome
+from torch import nn
 
-from outgrow import Engine
+from outgrow import Engine, Memory
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "name": tuple(CASES),
@@ -189,3 +190,46 @@ def test_a_failing_model_leaves_the_weights_of_the_step_before(
             losses.append(engine.step(case.batch(step, 6)).loss)
         assert losses == reference.losses
         assert unequal(engine.state_dict(), dict(reference.weights)) == []
+
+
+class Detached(nn.Module):
+    """`shift` is used between units, and no gradient reaches the first unit where a micro-batch says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.shift = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers[0](x)
+        if x.device.type != "meta" and bool((x[0, 0] < 0).item()):
+            y = y.detach()
+        return self.layers[1](torch.tanh(y * self.shift))
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1), (-1, 1, -1), (-1, -1, -1)])
+def test_gradients_made_between_units_are_not_lost_where_none_reaches_the_first(
+    signs: tuple[int, ...], tmp_path: Path
+) -> None:
+    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(4)) + 0.1
+    target = torch.zeros(6, dtype=torch.long)
+    rows = torch.tensor(signs).repeat_interleave(2)[:, None]
+    outcomes = []
+    for order, folder in (("sequential", None), ("by-unit", None), ("by-unit", str(tmp_path))):
+        torch.manual_seed(2)
+        engine = Engine(
+            Detached(),
+            loss=torch.nn.functional.cross_entropy,
+            optimizer=OPTIMIZERS["momentum"],
+            precision="bf16",
+            micro_batches=3,
+            order=order,
+            memory=Memory(disk=folder),
+            offload="all" if folder else "none",
+        )
+        losses = [engine.step((batch, target)).loss for batch in (x, x * rows, x * rows, x)]
+        outcomes.append((losses, engine.state_dict()))
+        engine.close()
+    for losses, weights in outcomes[1:]:
+        assert losses == outcomes[0][0]
+        assert unequal(weights, outcomes[0][1]) == []
