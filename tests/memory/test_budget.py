@@ -1,5 +1,7 @@
 """Sizes as text, and the budget that a worker gets when none is given."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +82,29 @@ def test_detection_shares_the_smaller_of_machine_and_cgroup(monkeypatch, total, 
     monkeypatch.setattr(budget, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=total)))
     monkeypatch.setattr(budget, "cgroup_limit_bytes", lambda: limit)
     assert Memory.detect(workers).host_bytes == share
+
+
+def test_budgets_by_tier():
+    memory = Memory(device="2GiB", host="6GiB", disk=Path("/scratch"), disk_limit="200GiB", unified=False)
+    assert (memory.device_bytes, memory.host_bytes, memory.disk_limit_bytes) == (2 << 30, 6 << 30, 200 << 30)
+    assert memory.disk_folder == "/scratch"
+    nothing = Memory()
+    assert (nothing.device_bytes, nothing.disk_limit_bytes, nothing.disk_folder) == (None, None, None)
+    assert Memory(unified=True, host="1GiB").unified
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"disk_limit": "1GiB"}, "Memory(disk_limit='1GiB') without disk=: give the folder that it limits"),
+        ({"disk": "/scratch", "disk_limit": "much"}, "Memory(disk_limit)='much' is no size"),
+        ({"device": 0}, "Memory(device)=0"),
+        ({"disk": ""}, "Memory(disk=''): the path of a folder on a disk"),
+        ({"disk": 7}, "Memory(disk=7): the path of a folder on a disk"),
+        ({"unified": "yes"}, "Memory(unified='yes'): True, False, or None"),
+        ({"device": "1GiB", "unified": True}, "device and host are the same bytes; give host= alone, or unified=False"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Memory(**words)

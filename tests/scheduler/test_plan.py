@@ -1,6 +1,7 @@
 """Plans: JSON that reads back, decisions that go together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outgrow.memory.chunk import layout_chunk
-from outgrow.scheduler.plan import ChunkPlan, GatheredFor, Plan, plan_for_zero
+from outgrow.scheduler.plan import (
+    Activations,
+    ChunkPlan,
+    GatheredFor,
+    Home,
+    MicroBatchOrder,
+    Plan,
+    UpdateTime,
+    plan_for_zero,
+)
 
 DECISIONS = st.sampled_from(
     [
@@ -17,10 +27,21 @@ DECISIONS = st.sampled_from(
         ChunkPlan(gradients_sharded=True, optimizer_sharded=True),
         ChunkPlan(GatheredFor.PASS, True, True),
         ChunkPlan(GatheredFor.USE, True, True),
+        ChunkPlan(parameter_home=Home.DISK),
+        ChunkPlan(optimizer_sharded=True, optimizer_home=Home.DISK),
+        ChunkPlan(GatheredFor.USE, True, True, Home.DISK, Home.DISK),
     ]
 )
+
+
+def plan_with(clips_gradients: bool, update: UpdateTime, **fields: object) -> Plan:
+    """A plan; what waits for the norm is updated after the backward."""
+    update = UpdateTime.AFTER if clips_gradients else update
+    return Plan(clips_gradients=clips_gradients, update=update, **fields)  # pyright: ignore[reportArgumentType]
+
+
 PLANS = st.builds(
-    Plan,
+    plan_with,
     world_size=st.integers(1, 64),
     zero=st.integers(0, 3),
     micro_batches=st.integers(1, 16),
@@ -28,6 +49,11 @@ PLANS = st.builds(
     clips_gradients=st.booleans(),
     prefetch=st.integers(0, 4),
     chunks=st.lists(DECISIONS, max_size=5).map(tuple),
+    activations=st.lists(st.sampled_from(Activations), max_size=5).map(tuple),
+    order=st.sampled_from(MicroBatchOrder),
+    update=st.sampled_from(UpdateTime),
+    unified=st.booleans(),
+    cache_bytes=st.integers(0, 1 << 50),
 )
 LAYOUTS = [layout_chunk(i, f"u{i}", [(f"p{i}", torch.empty(3))], torch.float32, True) for i in range(3)]
 
@@ -37,7 +63,43 @@ def test_json_reads_back(plan):
     text = plan.to_json()
     assert Plan.from_json(text) == plan
     assert Plan.from_json(text).to_json() == text
-    assert all(isinstance(chunk.gathered_for, GatheredFor) for chunk in Plan.from_json(text).chunks)
+    again = Plan.from_json(text)
+    assert all(isinstance(chunk.gathered_for, GatheredFor) for chunk in again.chunks)
+    assert all(isinstance(chunk.parameter_home, Home) for chunk in again.chunks)
+    assert all(isinstance(word, Activations) for word in again.activations)
+    assert isinstance(again.order, MicroBatchOrder)
+    assert isinstance(again.update, UpdateTime)
+
+
+def test_plans_from_before_there_was_a_disk_read_as_what_they_were():
+    fields = json.loads(plan_for_zero(LAYOUTS, 3, 2).to_json())
+    for name in ("activations", "order", "update", "unified", "cache_bytes"):
+        del fields[name]
+    for chunk in fields["chunks"]:
+        del chunk["parameter_home"], chunk["optimizer_home"]
+    assert Plan.from_json(json.dumps(fields)) == plan_for_zero(LAYOUTS, 3, 2)
+
+
+def test_what_uses_the_disk():
+    plan = plan_for_zero(LAYOUTS, 0, 1)
+    assert not plan.uses_disk
+    for chunk in (ChunkPlan(parameter_home=Home.DISK), ChunkPlan(optimizer_home=Home.DISK)):
+        assert replace(plan, chunks=(ChunkPlan(), chunk, ChunkPlan())).uses_disk
+    assert replace(plan, activations=(Activations.KEEP, Activations.OFFLOAD_DISK)).uses_disk
+    assert not replace(plan, activations=(Activations.RECOMPUTE, Activations.OFFLOAD_HOST)).uses_disk
+
+
+def test_activations_are_kept_where_nothing_is_said():
+    plan = plan_for_zero(LAYOUTS, 0, 1)
+    assert plan.activations_of(2) is Activations.KEEP
+    plan = replace(plan, activations=(Activations.KEEP, Activations.RECOMPUTE))
+    assert plan.activations_of(1) is Activations.RECOMPUTE
+    assert [word.is_offloaded for word in Activations] == [False, False, True, True]
+
+
+def test_updates_inside_the_backward_cannot_wait_for_the_norm():
+    with pytest.raises(ValueError, match=r"update='backward' cannot be with clip_grad_norm.*use update='after'"):
+        Plan(1, 0, 1, "float32", True, 1, (), update=UpdateTime.BACKWARD)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +129,10 @@ def test_other_stages_are_refused(zero):
         ({"gradients_sharded": True}, "gradients are sharded but its optimizer slots are not"),
         ({"gathered_for": GatheredFor.USE, "optimizer_sharded": True}, "parameters are sharded but its gradients"),
         ({"gathered_for": GatheredFor.PASS}, "parameters are sharded but its gradients are not"),
+        (
+            {"optimizer_sharded": True, "parameter_home": Home.DISK},
+            "gathered copy is never dropped cannot have its parameters at home on disk",
+        ),
     ],
 )
 def test_decisions_that_do_not_go_together_are_refused(fields, message):
@@ -90,6 +156,14 @@ def changed(**fields: object) -> str:
         changed(chunks=7),
         changed(chunks=[{"gathered_for": "sometimes"}]),
         changed(chunks=[{}]),
+        changed(chunks=[{"gathered_for": "step", "parameter_home": "cloud"}]),
+        changed(chunks=[{"gathered_for": "step", "optimizer_home": 7}]),
+        changed(order="zigzag"),
+        changed(update="never"),
+        changed(update="backward", clips_gradients=True),
+        changed(activations=["forget"]),
+        changed(activations="keep"),
+        changed(activations=7),
         changed(chunks=[{"gathered_for": "use", "gradients_sharded": True}]),
         changed(chunks=[{"gathered_for": "use", "wings": 2}]),
         json.dumps({"world_size": 2, "chunks": []}),

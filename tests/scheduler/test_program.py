@@ -5,9 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outgrow.parallel.actions import Action, Kind
-from outgrow.scheduler.program import ChunkUse, Instruction, Lane, Program, StepShape, UnitUse, actions_from
+from outgrow.scheduler.program import Buffer, ChunkUse, Instruction, Lane, Program, StepShape, UnitUse, actions_from
 
-TEXTS = ["F0.0", "B12.3", "GATHER c7.0", "GATHER c7", "DROP c1.2", "REDUCE c3.0", "NORM", "STEP c4", "READ c7:optim"]
+TEXTS = [
+    "F0.0",
+    "B12.3",
+    "GATHER c7.0",
+    "GATHER c7",
+    "DROP c1.2",
+    "REDUCE c3.0",
+    "NORM",
+    "STEP c4",
+    "READ c7:optim",
+    "WRITE c7:param",
+]
+TEXTS += ["DROP c7:param", "SAVE a3.1", "LOAD a3.1"]
 
 
 @st.composite
@@ -23,7 +35,11 @@ def programs(draw: st.DrawFn) -> Program:
                 draw(st.integers(0, 10**12)),
             )
         )
-    return Program(tuple(instructions))
+    buffers = []
+    for name in draw(st.sets(st.sampled_from(["c7:optim", "c1:param", "a3.1"]))):
+        start, size = draw(st.tuples(st.integers(0, 10**12), st.integers(0, 10**9)))
+        buffers.append(Buffer(name, draw(st.sampled_from(["host", "device"])), start, size))
+    return Program(tuple(instructions), tuple(buffers), draw(st.integers(0, len(instructions))))
 
 
 @given(programs())
@@ -47,6 +63,42 @@ def test_a_program_by_hand():
     assert program.actions() == actions_from(["GATHER c1.0", "F0.0", "STEP c1"])
     assert program.actions(Kind.F) == [Action(Kind.F, 0, 0)]
     assert program.actions(Kind.W) == []
+
+
+CARRYING = """
+    0 write    WRITE c1:param      4096 <- -
+    1 write    WRITE c1:optim      8192 <- -
+    2 read     READ c1:param       4096 <- 0
+    3 compute  F0.0                   0 <- 0,2
+    4 read     READ c1:optim       8192 <- 1
+    5 compute  STEP c1                0 <- 2,3,4
+    buffer c1:param host 8192 4096
+    buffer c1:optim host 0 8192
+    carried 2
+"""
+
+
+def test_what_is_carried_over_is_left_out_of_a_first_step_and_is_all_that_is_left_after_the_last():
+    program = Program.parse(CARRYING)
+    first, rest = program.without_carried(), program.only_carried()
+    assert first.actions() == actions_from(["READ c1:param", "F0.0", "READ c1:optim", "STEP c1"])
+    assert [instruction.after for instruction in first.instructions] == [(), (0,), (), (0, 1, 2)]
+    assert rest.actions() == actions_from(["WRITE c1:param", "WRITE c1:optim"])
+    assert first.buffers == rest.buffers == program.buffers
+    assert first.num_carried == rest.num_carried == 0
+
+
+def test_an_arena_reaches_to_the_end_of_the_last_buffer():
+    program = Program.parse(CARRYING)
+    assert program.arena_bytes("host") == 8192 + 4096
+    assert program.arena_bytes("device") == 0
+    assert Program(()).arena_bytes("host") == 0
+
+
+@pytest.mark.parametrize("line", ["buffer c1:param host x 7", "buffer c1:param host 7", "carried many", "carried -1"])
+def test_a_line_that_is_no_buffer_and_no_number_of_carried_is_refused(line):
+    with pytest.raises(ValueError, match="no instruction"):
+        Program.parse(line)
 
 
 @pytest.mark.parametrize(
