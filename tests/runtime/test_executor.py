@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from lanes import ONE_LANE, PATIENCE_S, Log, act, program, run
 
-from outgrow.memory.errors import OutOfOrder
+from outgrow.memory.errors import LaneTimeout, OutOfOrder
 from outgrow.runtime.executor import Executor
 from outgrow.scheduler.program import Program
 
@@ -272,3 +272,89 @@ def test_without_a_step_nothing_can_be_done(executor, call):
 def test_an_empty_program_is_a_step(executor):
     executor.begin(Program(()))
     assert executor.finish().spans == ()
+
+
+# ---- micro-batches that take turns, and steps that are given up
+
+TURNS = program("compute F0.0", "compute F0.1", "compute B0.0", "compute REDUCE c0.0", "compute B0.1", "compute NORM")
+
+
+def test_the_next_compute_action_leaves_out_what_is_over_or_has_no_sample(log, executor):
+    executor.begin(TURNS)
+    assert str(executor.next_compute(set())) == "F0.0"
+    assert str(executor.next_compute({0})) == "F0.1"
+    assert executor.next_compute({0, 1}) is None
+    executor.skip_micro_batch(1)
+    assert executor.next_compute({0}) is None
+    run(executor, "F0.0")
+    assert str(executor.next_compute(set())) == "B0.0", "F0.1 has no sample"
+    run(executor, "B0.0")
+    assert executor.next_compute(set()) is None
+    executor.finish()
+    assert log.done == ["REDUCE c0.0", "NORM"]
+
+
+def test_a_backward_can_be_passed_over_in_its_turn(log, executor):
+    executor.begin(TURNS)
+    run(executor, "F0.0", "F0.1", "B0.0")
+    executor.pass_over(act("B0.1"))
+    assert log.done == ["REDUCE c0.0"]
+    assert executor.running is None
+    assert [span.action for span in executor.finish().spans] == ["F0.0", "F0.1", "B0.0", "REDUCE c0.0", "B0.1", "NORM"]
+
+
+def test_a_forward_cannot_be_passed_over(executor):
+    executor.begin(TURNS)
+    with pytest.raises(OutOfOrder, match=r"F0\.0 next, but the model left it out"):
+        executor.pass_over(act("F0.0"))
+    executor.abort(RuntimeError())
+
+
+def test_a_micro_batch_without_samples_is_skipped_wherever_its_actions_stand(log, executor):
+    executor.begin(TURNS)
+    executor.skip_micro_batch(0)
+    assert run(executor, "F0.1", "B0.1") == ["F0.1", "B0.1"]
+    executor.complete_micro_batch(1)
+    executor.finish()
+    assert log.done == ["REDUCE c0.0", "NORM"]
+
+
+def test_what_was_done_of_a_step_that_was_given_up_is_known(log, executor):
+    """The writes that it carried over from the step before, for one."""
+    gate = log.gate("WRITE c1:param")
+    executor.begin(program("write WRITE c0:param", "write WRITE c1:param", "write WRITE c2:param", "compute F0.0 <- 0"))
+    run(executor, "F0.0")
+    assert log.started["WRITE c1:param"].wait(PATIENCE_S)
+    executor.abort(ZeroDivisionError())
+    gate.set()
+    executor.await_lanes()
+    assert log.done == ["WRITE c0:param", "WRITE c1:param"]
+    assert executor.is_done(0)
+    assert not executor.is_done(2)
+    executor.begin(program("compute F0.0"))
+    executor.advance_to(act("F0.0"))
+    executor.finish()
+    assert executor.is_done(0)
+
+
+def test_lanes_that_do_not_leave_a_step_are_named(log):
+    with Executor(log.handlers(), deadline_s=0.05) as executor:
+        gate = log.gate("READ c0:param")
+        executor.begin(program("read READ c0:param", "compute F0.0"))
+        assert log.started["READ c0:param"].wait(PATIENCE_S)
+        executor.abort(ZeroDivisionError())
+        with pytest.raises(LaneTimeout, match=r"read did not leave the aborted one within 0\.05 s"):
+            executor.await_lanes()
+        gate.set()
+
+
+def test_what_the_next_action_needs_can_be_had_before_it_comes(log, executor):
+    """Parameters that the model's own code uses before its first unit."""
+    gate = log.gate("READ c0:param")
+    executor.begin(program("read READ c0:param", "compute GATHER c0.0", "compute F0.0 <- 0"))
+    threading.Timer(0.0, gate.set).start()
+    executor.await_next()
+    assert set(log.done) == {"READ c0:param", "GATHER c0.0"}
+    assert executor.running is None
+    assert run(executor, "F0.0") == ["F0.0"]
+    executor.finish()

@@ -242,3 +242,73 @@ def test_a_rank_that_owns_nothing_of_a_parameter_holds_no_state_of_it():
     assert len(optimizer.optimizer.state) == 1
     assert (piece < 1).all()
     PiecewiseOptimizer(ELEMENT_WISE["adagrad"], parameters()).place({})
+
+
+# ---- slots at home on another tier
+
+SLOTS = {
+    "sgd": {},
+    "sgd momentum": {"momentum_buffer"},
+    "adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "adamw fused": {"exp_avg", "exp_avg_sq"},
+    "rmsprop": {"square_avg", "momentum_buffer", "grad_avg"},
+    "adagrad": {"sum"},
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_the_slots_are_found_before_there_is_any(name: str) -> None:
+    optimizer = PiecewiseOptimizer(ELEMENT_WISE[name], parameters())
+    assert optimizer.slots == dict.fromkeys(SLOTS[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_slots_that_move_after_every_update_give_the_bits_of_those_that_stay(name: str) -> None:
+    moved = Pieces(ELEMENT_WISE[name])
+    optimizer = moved.optimizer
+    pieces = [piece for both in moved.pieces.values() for piece in both]
+    far: dict[int, dict[str, torch.Tensor]] = {}
+    for step in range(3):
+        near = {id(p): {slot: torch.full_like(p, float("nan")) for slot in optimizer.slots} for p in pieces}
+        for piece in pieces:
+            if id(piece) not in far:
+                optimizer.begin(piece, near[id(piece)])
+                continue
+            assert optimizer.has_slots(piece) is bool(optimizer.slots)
+            for slot, value in far[id(piece)].items():
+                near[id(piece)][slot].copy_(value)
+            optimizer.attach(piece, near[id(piece)])
+        given = gradients(step)
+        for name_, gradient in given.items():
+            flat, cut = gradient.reshape(-1).clone(), CUTS[name_]
+            moved.pieces[name_][0].grad, moved.pieces[name_][1].grad = flat[:cut], flat[cut:]
+        for piece in pieces:
+            if step == 1:
+                optimizer.step_piece(piece)
+                assert piece.grad is None
+        for chunk in (1, 0):
+            optimizer.step(chunk)
+        for piece in pieces:
+            optimizer.move_into(piece, near[id(piece)])
+            far[id(piece)] = {slot: value.clone() for slot, value in near[id(piece)].items()}
+            optimizer.detach(piece)
+            for value in near[id(piece)].values():
+                value.fill_(float("nan"))
+        assert not any(optimizer.slot_bytes().get(slot) for slot in optimizer.slots), "none is left in memory"
+    expected = plain(ELEMENT_WISE[name], [gradients(step) for step in range(3)])
+    assert [key for key, value in moved.values().items() if not torch.equal(value, expected[key])] == []
+
+
+def test_a_slot_that_comes_later_than_planned_is_refused_by_name() -> None:
+    class Late(optim.SGD):
+        def step(self, closure: object = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.numel() == 48:
+                        self.state[parameter]["surprise"] = torch.zeros_like(parameter)
+
+    pieces = Pieces(partial(Late, lr=0.1))
+    pieces.step(gradients(0))
+    with pytest.raises(ValueError, match=r"Late came to keep a slot 'surprise' that it had not on a small matrix"):
+        pieces.optimizer.move_into(pieces.pieces["embed.weight"][0], {})
