@@ -179,7 +179,7 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
         del caught
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # ---- a disk that is full

@@ -2,11 +2,15 @@
 and nothing is left behind."""
 
 import errno
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from disk_runs import (
     BY_UNIT,
     From,
@@ -257,4 +261,57 @@ def test_a_write_that_is_left_of_the_last_step_fails_and_is_tried_again(tmp_path
             asks[ask]()
     disk.heal()
     assert same_weights(engine.state_dict(), weights)
+    engine.close()
+
+
+def test_a_failed_forward_keeps_no_activations_alive(tmp_path: Path) -> None:
+    """Hooks on the graph hold on to what they need; that must not be the graph."""
+    engine = make(tmp_path)
+    train(engine, 1, 1)
+    alive: list[weakref.ref[Any]] = []
+
+    def watch(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        alive.append(weakref.ref(output.untyped_storage()))
+
+    def fail(*_: Any) -> None:
+        raise KeyError("mine")
+
+    handles = [engine.model.layers[1].register_forward_hook(watch), engine.model.head.register_forward_pre_hook(fail)]
+    with pytest.raises(KeyError):
+        train(engine, 2, 2)
+    for handle in handles:
+        handle.remove()
+    assert train(engine, 2, 2) == expected()[0][1:2]
+    gc.collect()
+    assert [ref() for ref in alive] == [None]
+    engine.close()
+
+
+def test_a_closed_engines_model_holds_no_buffer(tmp_path: Path) -> None:
+    """The last step's writes were still to be done, so parameters lay in their buffers."""
+    with nothing_is_left(tmp_path):
+        engine = make(tmp_path)
+        model = engine.model
+        train(engine, 1, 2)
+        engine.close()
+        del engine
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+
+
+def test_a_parameter_used_before_the_first_unit_is_waited_for(tmp_path: Path) -> None:
+    """Its read is held back until the model uses it, which it must not, or half a second has passed."""
+    losses, _ = expected()
+    used = threading.Event()
+
+    def slow(transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
+        assert not used.wait(0.5), "the model used a parameter that was not there"
+        return transfer(view)
+
+    io = FaultyIO(always=From(slow, write=False, times=1))
+    engine = make(tmp_path, io)
+    assert train(engine, 1, 2) == losses[:2]
+    io.arm()
+    handle = engine.model.layers[0].register_forward_pre_hook(lambda *_: used.set(), prepend=True)
+    assert train(engine, 3, 4) == losses[2:]
+    handle.remove()
     engine.close()
