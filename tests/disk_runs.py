@@ -182,4 +182,4 @@ def small_file_system(folder: Path, num_bytes: int) -> Iterator[Path]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            subprocess.run(["umount", "-l", str(folder)], check=True)
