@@ -74,11 +74,13 @@ def test_the_example_by_hand():
 
 
 def test_a_buffer_goes_into_the_tightest_gap():
-    sizes = {"a": 5 * PAGE, "b": 4 * PAGE, "c": 3 * PAGE, "d": 3 * PAGE, "e": 1}
-    lifetimes = {"a": [(0, 0)], "b": [(0, 1)], "c": [(1, 3)], "d": [(0, 3)], "e": [(2, 2)]}
-    offsets, total = place_buffers(sizes, lifetimes)
-    assert offsets == {"a": 0, "b": 5 * PAGE, "d": 9 * PAGE, "c": 0, "e": 3 * PAGE}
-    assert total == 12 * PAGE
+    pages = {"first": 8, "wall": 7, "second": 6, "end": 5, "last": 4, "least": 2}
+    lifetimes = {"first": [(0, 0)], "wall": [(0, 9)], "second": [(0, 0)], "end": [(0, 9)]}
+    lifetimes |= {"last": [(5, 5)], "least": [(5, 5)]}  # at 5 there is room for 8 pages at 0, and for 6 at 15
+    offsets, total = place_buffers({name: size * PAGE for name, size in pages.items()}, lifetimes)
+    places = {name: offset // PAGE for name, offset in offsets.items()}
+    assert places == {"first": 0, "wall": 8, "second": 15, "end": 21, "last": 15, "least": 19}
+    assert total == 26 * PAGE
 
 
 def test_random_traces_take_little_more_than_is_alive():

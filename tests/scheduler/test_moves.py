@@ -163,6 +163,17 @@ def test_with_room_for_everything_each_chunk_is_read_once_a_step():
         assert not [action for action in actions if action.kind is Kind.DROP]
 
 
+def test_what_is_being_written_is_read_again_only_when_its_use_has_come():
+    plan = plan_of(THREE, prefetch=2, cache_bytes=1 << 30)
+    moved = add_moves(read("STEP c0, F1.0, F0.0"), THREE, plan)
+    assert text(moved.actions) == text(
+        read(
+            """READ c0:param, READ c0:optim, READ c1:param, STEP c0, WRITE c0:param, WRITE c0:optim
+            F1.0, DROP c1:param, READ c0:param, F0.0, DROP c0:param"""
+        )
+    )
+
+
 # ---- several ranks
 
 
