@@ -24,6 +24,7 @@ from ..parallel.placement import (
 from ..scheduler.plan import Plan, UpdateTime
 from .adopting import Adoption, Fill
 from .chunk_state import ChunkState, OptimLayout, OwnedPiece
+from .gradients import pack_gradients, refuse_sparse
 from .offload import OffloadedState
 from .optimizer import PiecewiseOptimizer
 
@@ -130,7 +131,7 @@ class ModelState:
         for parameter in chunk.parameters:  # put by in a turn that was not known to be the micro-batch's last
             if (stashed := self._stashed.pop((action.micro_batch, id(parameter)), None)) is not None:
                 parameter.grad = stashed
-        _refuse_sparse(chunk)
+        refuse_sparse(chunk)
         first = chunk.used is None
         whole = self._transport is None or not self._plan.chunks[chunk.layout.index].gradients_sharded
         if chunk.sums is None:
@@ -140,7 +141,7 @@ class ModelState:
             used = self._add_locally(chunk, accumulate=not first)
         else:
             chunk.squares, used = self._transport.reduce(
-                lambda flat, flags: _pack(chunk, flat, flags),
+                lambda flat, flags: pack_gradients(chunk, flat, flags),
                 chunk.layout.num_elems,
                 len(chunk.layout.fields),
                 chunk.sums,
@@ -306,10 +307,6 @@ class ModelState:
             for chunk in self.chunks
         )
 
-    @property
-    def has_masters(self) -> bool:
-        return any(chunk.has_master for chunk in self.chunks)
-
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 value of every parameter whose master is kept beside it. Collective."""
         for chunk in self.chunks:
@@ -332,7 +329,7 @@ class ModelState:
     def held_bytes(self) -> dict[str, int]:
         """Slot -> bytes that this rank holds now, read off the storages themselves."""
         for chunk in self.chunks:
-            _refuse_sparse(chunk)
+            refuse_sparse(chunk)
         sizes = {"param": sum(chunk.store.held_bytes for chunk in self.chunks)}
         grads = sum(p.grad.nbytes for chunk in self.chunks for p in chunk.parameters if p.grad is not None)
         sizes["grad"] = grads + sum(chunk.sums.nbytes for chunk in self.chunks if chunk.sums is not None)
@@ -400,26 +397,3 @@ class _Holder:
 
     def __init__(self, grad: torch.Tensor) -> None:
         self.grad = grad
-
-
-def _refuse_sparse(chunk: ChunkState) -> None:
-    if any(parameter.grad is not None and parameter.grad.layout is not torch.strided for parameter in chunk.parameters):
-        raise ValueError(
-            f"a parameter of unit {chunk.layout.unit} got a sparse gradient, which cannot be sharded; "
-            "build the layer with sparse=False"
-        )
-
-
-def _pack(chunk: ChunkState, flat: torch.Tensor, flags: torch.Tensor) -> None:
-    """Write this rank's gradients of a chunk into one flat buffer, and let go of them."""
-    end = 0
-    for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
-        flat[end : item.start].zero_()  # the gap that alignment left
-        flags[index] = parameter.grad is not None
-        if parameter.grad is None:
-            flat[item.start : item.stop].zero_()
-        else:
-            chunk.layout.view(flat, item).copy_(parameter.grad)
-            parameter.grad = None
-        end = item.stop
-    flat[end:].zero_()

@@ -20,7 +20,7 @@ from torch import nn
 from outgrow.memory.budget import Memory
 from outgrow.memory.direct_io import DirectIO
 from outgrow.memory.errors import StoreError
-from outgrow.runtime import engine as engine_module
+from outgrow.runtime import opening as opening_module
 from outgrow.runtime.disk_tier import DiskTier
 from outgrow.runtime.engine import Engine
 
@@ -78,7 +78,7 @@ def make(
     memory = None if folder is None else Memory(disk=folder, disk_limit=disk_limit)
     settings = {"offload": "none" if folder is None else "all", "run_name": "demo"} | settings
     tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s)
-    with mock.patch.object(engine_module, "DiskTier", tier):  # the tier itself, with other system calls
+    with mock.patch.object(opening_module, "DiskTier", tier):  # the tier itself, with other system calls
         return Engine(model(), optimizer=adamw, loss=nn.CrossEntropyLoss(), memory=memory, seed=1, **settings)
 
 

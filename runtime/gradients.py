@@ -1,0 +1,34 @@
+"""A micro-batch's gradients of one chunk, as autograd left them.
+
+Owns checking them and writing them into one flat buffer. Does not own summing them (`parallel/collectives.py`).
+"""
+
+import torch
+
+from .chunk_state import ChunkState
+
+__all__ = ["pack_gradients", "refuse_sparse"]
+
+
+def refuse_sparse(chunk: ChunkState) -> None:
+    """Raise ValueError for gradients that have no place in a chunk."""
+    if any(parameter.grad is not None and parameter.grad.layout is not torch.strided for parameter in chunk.parameters):
+        raise ValueError(
+            f"a parameter of unit {chunk.layout.unit} got a sparse gradient, which cannot be sharded; "
+            "build the layer with sparse=False"
+        )
+
+
+def pack_gradients(chunk: ChunkState, flat: torch.Tensor, flags: torch.Tensor) -> None:
+    """Write this rank's gradients of a chunk into one flat buffer, and let go of them."""
+    end = 0
+    for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
+        flat[end : item.start].zero_()  # the gap that alignment left
+        flags[index] = parameter.grad is not None
+        if parameter.grad is None:
+            flat[item.start : item.stop].zero_()
+        else:
+            chunk.layout.view(flat, item).copy_(parameter.grad)
+            parameter.grad = None
+        end = item.stop
+    flat[end:].zero_()

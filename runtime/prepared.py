@@ -1,0 +1,252 @@
+"""What an engine is before its first step: arguments checked, the plan that fits, the state where it has its home.
+
+Owns the constructor's work and the first batch's: units, chunks, plan, program. Does not own a step (`engine.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
+from ..memory.budget import Memory
+from ..memory.timeline import Timeline
+from ..parallel.actions import Action, Kind
+from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
+from ..scheduler.ledger import Ledger
+from ..scheduler.plan import Home, Plan, plan_for_zero
+from ..scheduler.program import Program
+from ..scheduler.trace import Trace, trace_model
+from .batch import Forward, Loss, split_batch
+from .constraints import Constraints, offloaded
+from .disk_tier import DiskTier
+from .engine_checks import check_arguments, check_fit
+from .executor import Executor
+from .model_state import ModelState
+from .moving import MovingActivations
+from .opening import fill_with, open_moves, open_state, open_tier, recompute_units
+from .optimizer import OptimizerFactory, PiecewiseOptimizer
+from .passage import Passage
+from .planning import Planner
+from .precision import cast_buffers, compute_dtypes
+from .recompute import Recomputed
+from .recovery import Recovery
+from .turns import Turns
+from .unit_hooks import UnitHooks
+
+if TYPE_CHECKING:
+    from ..parallel.collectives import Transport
+    from .filling import Filler
+
+__all__ = ["PreparedEngine"]
+
+
+class PreparedEngine:
+    """The part of `Engine` that runs before the first step; see there for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        loss: Loss | None = None,
+        forward: Forward | None = None,
+        memory: Memory | None = None,
+        micro_batches: int = 1,
+        clip_grad_norm: float | None = None,
+        precision: str = "float32",
+        zero: int | None = None,
+        seed: int = 0,
+        units: Sequence[str] | None = None,
+        transport: str | None = None,
+        offload: str | None = None,
+        activations: str | Sequence[str] | None = None,
+        order: str | None = None,
+        update: str | None = None,
+        filler: "Filler | None" = None,
+        run_name: str = "run",
+        example: Any = None,
+    ) -> None:
+        check_arguments(model, micro_batches, clip_grad_norm)
+        self.model = model
+        dtypes = compute_dtypes(model, precision)
+        self._units = find_units(model, units)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._layouts = assign_chunks(model, self._units, ranks, dtypes)
+        zero = zero if zero is not None else (3 if ranks > 1 else 0)
+        clips = clip_grad_norm is not None
+        self.memory = memory or Memory.detect(ranks)
+        self._constraints = Constraints(offload, activations, order, update)
+        self._constraints.check(self.memory, len(self._units), clips, micro_batches)
+        plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        self.plan: Plan = self._constraints.applied(plan, len(self._units))
+        self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
+        self.transport = _transport(transport) if ranks > 1 else None
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        self._passage = Passage(model, loss, forward, dtype, self.rank)
+        self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._is_ample = check_fit(model, self._layouts, self.plan, self.memory)
+        if not self._is_ample:
+            return_blocks_at_once()
+        elif self.memory.disk is None:
+            keep_freed_blocks()  # for the whole process: the next step uses the same memory again
+        self._clip_grad_norm = clip_grad_norm
+        self._filler = filler
+        self._make_lr_scheduler = lr_scheduler
+        self.lr_scheduler: Any = None
+        self._run_name = run_name
+        self._tier: DiskTier | None = None
+        self._state: ModelState | None = None
+        self._recovery = Recovery(self.rank, ranks)
+        self._executor = Executor(
+            {
+                Kind.GATHER: lambda action: self.state.gather(action),
+                Kind.DROP: lambda action: self.state.drop(action),
+                Kind.REDUCE: lambda action: self.state.reduce(action),
+                Kind.NORM: self._norm,
+                Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
+                Kind.READ: lambda action: self.state.read(action),
+                Kind.WRITE: lambda action: self.state.write(action),
+                Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
+                Kind.LOAD: lambda action: self._moving.load(action) if self._moving else None,
+            }
+        )
+        self._moving: MovingActivations | None = None
+        self._recomputed: list[Recomputed] = []
+        self._seed = seed
+        self._held: tuple[int, ...] = ()  # chunks used outside of units
+        self._turns = Turns(
+            self._executor,
+            self._leave_turn,
+            lambda number: self.state.restore_gradients(self._held, number),
+        )
+        self._hooks = self._install_hooks()
+        self._trace: Trace | None = None
+        self._program: Program | None = None
+        self._is_carried = False  # whether the last step's writes are still to be done
+        self._losses: dict[int, float] = {}  # micro-batch -> its part of this rank's loss
+        self._peak_slots: dict[str, int] = {}
+        self._step = 0
+        self.timeline = Timeline(())
+        self.predicted: Ledger | None = None
+        cast_buffers(model, precision)
+        if self._is_ample or not self._constraints.open(self.memory).homes:
+            self._open_state()
+        elif example is not None:
+            self._compile(split_batch(example, micro_batches))
+
+    @property
+    def state(self) -> ModelState:
+        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on disk."""
+        if self._state is None:
+            everything = tuple(offloaded(chunk, Home.DISK, Home.DISK) for chunk in self.plan.chunks)
+            self.plan = replace(self.plan, chunks=everything)
+            self._open_state()
+        assert self._state is not None
+        return self._state
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank if self.transport is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.plan.world_size
+
+    @property
+    def transport_name(self) -> str:
+        """`single`, `shared-memory` or `gloo`."""
+        return self.transport.name if self.transport is not None else "single"
+
+    @property
+    def program(self) -> Program | None:
+        """What a step runs; None before the first one."""
+        return self._program
+
+    def _open_state(self) -> None:
+        """Put the model's state where the plan has its home."""
+        self._state, self._tier = open_state(
+            self.model,
+            self._layouts,
+            self.plan,
+            self._optimizer,
+            self.transport,
+            self._clip_grad_norm,
+            self._original_dtypes,
+            self.memory,
+            self._run_name,
+            fill_with(self._filler, self.model, self._units),
+        )
+        if self._make_lr_scheduler is not None:
+            self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
+        self._state.drop_all()
+
+    def _compile(self, micro: Sequence[Any]) -> None:
+        """Record the order of units, find the plan that fits, and compile its program, once."""
+        if self._program is not None:
+            return
+        part = next((part for part in micro if part is not None), None)
+        if part is None:
+            raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
+        open_ = self._constraints.open(self.memory)
+        drops_copies = self._state is not None and self._state.drops_copies
+        with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
+            self._trace = self._record(part)
+            if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
+                self._hooks.remove()
+                self._units = (Unit(ROOT, self.model),)
+                self._hooks = self._install_hooks()
+                self._trace = self._record(part)
+        self._hooks.follow(self._trace)
+        planner = Planner(
+            self.model,
+            self._units,
+            self._layouts,
+            self._original_dtypes,
+            self._optimizer,
+            self.memory,
+            self._is_ample,
+            self.transport,
+        )
+        open_ = replace(open_, homes=open_.homes and self._state is None)
+        planned = planner.plan(self.plan, open_, self._trace, self._passage.forward, self._passage.call_loss, part)
+        self.plan, self._program, self._held = planned.plan, planned.program, planned.held
+        self.predicted = planned.ledger
+        if self._state is None:
+            self._open_state()
+        self._recomputed = recompute_units(self._units, self.plan)
+        if self._program.actions(Kind.SAVE):
+            self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {})
+            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier)
+        if self._tier is not None:
+            self._tier.lay_out(self._program)
+
+    def _record(self, part: Any) -> Trace:
+        shapes = {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
+        return trace_model(self.model, self._units, self._passage.forward, part, shapes)
+
+    def _install_hooks(self) -> UnitHooks:
+        return UnitHooks(
+            self._units, self._executor, (self._seed, self.rank), self._passage.input_dtype, self._turns.advance_to
+        )
+
+    def _norm(self, action: Action) -> None:
+        raise NotImplementedError
+
+    def _leave_turn(self, micro_batch: int) -> None:
+        raise NotImplementedError
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        raise NotImplementedError
+
+
+def _transport(kind: str | None) -> "Transport":
+    """Loaded where there are several ranks only: its compiled kernels take 100 MB of memory."""
+    from ..parallel.collectives import open_transport
+
+    return open_transport(kind=kind)
