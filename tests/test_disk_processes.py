@@ -113,7 +113,9 @@ def test_two_processes_in_one_folder_do_not_harm_each_other(tmp_path: Path) -> N
 def test_two_runs_of_one_process_need_two_names(tmp_path: Path) -> None:
     losses, weights = expected()
     first, second = make(tmp_path), make(tmp_path, run_name="other")
-    with pytest.raises(StoreError, match=r"run demo, rank 0, file .*another store of this process.*name one differently"):
+    with pytest.raises(
+        StoreError, match=r"run demo, rank 0, file .*another store of this process.*name one differently"
+    ):
         make(tmp_path)
     for step in range(1, 5):
         assert train(first, step, step) == train(second, step, step) == losses[step - 1 : step]
