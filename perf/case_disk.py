@@ -28,7 +28,7 @@ from ..memory.errors import OutgrowError
 from .figures import Figure, Target, paired_ratios
 from .suite import Findings, Options
 
-__all__ = ["BLOCKS_MIB", "DEPTHS", "MODES", "fio_command", "fio_rate", "run"]
+__all__ = ["BLOCKS_MIB", "DEPTHS", "MODES", "disk_folder", "fio_command", "fio_rate", "run"]
 
 BLOCKS_MIB = (1, 4, 16)
 DEPTHS = (1, 4, 8)
@@ -54,7 +54,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         ValueError: a folder that does not exist or lies in memory.
         OutgrowError: the disk failed, or `fio` did.
     """
-    parent = _folder(options.folder)
+    parent = disk_folder(options.folder)
     has_fio = shutil.which("fio") is not None
     figures: list[Figure] = []
     fastest_read = 0.0
@@ -130,7 +130,7 @@ def _checksum_figures(read_rate: float, num_rounds: int) -> list[Figure]:
 # ---- the folder and the file
 
 
-def _folder(given: str | None) -> Path:
+def disk_folder(given: str | None) -> Path:
     """The folder to measure in: the one given, else the first of the usual ones that lies on a disk."""
     if given is not None:
         path = Path(given)

@@ -22,6 +22,9 @@ _FILE_WIDTH = 132  # columns of a table that goes to a file or a pipe
 
 _Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also store the report as JSON.")]
 _Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="Measured rounds; in each, everyone has a turn.")]
+_Folder = Annotated[
+    str | None, typer.Option("--folder", help="Where to write; by default the first usual one on a disk.")
+]
 _Warmup = Annotated[int | None, typer.Option("--warmup", min=0, help="Rounds before them that are thrown away.")]
 
 
@@ -49,6 +52,9 @@ def _run(
     configs: tuple[str, ...] | None = None,
     with_extras: bool = True,
     folder: str | None = None,
+    budget: str | None = None,
+    num_blocks: int | None = None,
+    largest: bool = False,
 ) -> None:
     from rich.console import Console
 
@@ -63,6 +69,9 @@ def _run(
         configs=configs or case.default.configs,
         with_extras=with_extras,
         folder=folder,
+        budget=budget,
+        num_blocks=num_blocks,
+        largest=largest,
     )
     errors = Console(stderr=True)
     try:
@@ -104,15 +113,45 @@ def collectives(json: _Json = None, rounds: _Rounds = None, warmup: _Warmup = No
 
 @app.command()
 def disk(
-    folder: Annotated[
-        str | None, typer.Option("--folder", help="Where to write; by default the first usual one on a disk.")
-    ] = None,
+    folder: _Folder = None,
     json: _Json = None,
     rounds: _Rounds = None,
     warmup: _Warmup = None,
 ) -> None:
     """The disk lanes alone against fio, read, written and both at once."""
     _run("disk", json, rounds, warmup, folder=folder)
+
+
+@app.command()
+def offload(
+    config: Annotated[list[str] | None, typer.Option("--config", help="M, the default, or S, which is quick.")] = None,
+    extras: Annotated[bool, typer.Option(help="Also the runs within budgets in a memory cgroup.")] = True,
+    folder: _Folder = None,
+    json: _Json = None,
+    rounds: _Rounds = None,
+    warmup: _Warmup = None,
+) -> None:
+    """All state on disk: against memory, against the disk's bound, and within budgets that the kernel enforces."""
+    _run("offload", json, rounds, warmup, tuple(config) if config else None, extras, folder=folder)
+
+
+@app.command()
+def scale(
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", min=1, help="Of the GPT, 3072 wide; 26 are 3.1 billion parameters.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Of host memory; 8GiB, with --largest 4GiB, by default.")
+    ] = None,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Search the largest GPT that trains one step within the budget.")
+    ] = False,
+    folder: _Folder = None,
+    json: _Json = None,
+    rounds: _Rounds = None,
+) -> None:
+    """A GPT of 3 billion parameters in 8 GiB; one round is one training step. Takes long, and 50 GB of disk."""
+    _run("scale", json, rounds, None, folder=folder, budget=budget, num_blocks=blocks, largest=largest)
 
 
 @app.command()

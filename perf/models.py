@@ -57,6 +57,8 @@ class GPTConfig:
 CONFIGS: dict[str, GPTConfig] = {
     "S": GPTConfig(num_blocks=6, width=512, num_heads=8, num_tokens=8192, length=256, batch_size=8),
     "M": GPTConfig(num_blocks=12, width=768, num_heads=12, num_tokens=32000, length=256, batch_size=8),
+    # 3.1 billion parameters: 50 GB of float32 state.
+    "3B": GPTConfig(num_blocks=26, width=3072, num_heads=24, num_tokens=32000, length=256, batch_size=1),
     # Many bytes of state beside few of activations, in many small blocks, and a batch that four ranks divide.
     "memory": GPTConfig(num_blocks=48, width=256, num_heads=4, num_tokens=256, length=4, batch_size=4),
     # A byte-level model that learns enough in a minute on two cores for a curve to have a shape.

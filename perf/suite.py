@@ -32,6 +32,9 @@ class Options:
         configs: model configurations, for the cases that train one.
         with_extras: also the contestants that no target names.
         folder: for the cases that measure a disk; None: one is found.
+        budget: of host memory, e.g. "8GiB", for the case that trains within one; None: the case's own.
+        num_blocks: of the model, for the case that varies it; None: as many as its configuration has.
+        largest: search the largest model that fits instead of training a given one.
 
     Raises:
         ValueError: no rounds, a negative warm-up, or no configuration.
@@ -42,6 +45,9 @@ class Options:
     configs: tuple[str, ...] = ("S", "M")
     with_extras: bool = True
     folder: str | None = None
+    budget: str | None = None
+    num_blocks: int | None = None
+    largest: bool = False
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1 or self.num_warmup < 0:
@@ -101,6 +107,18 @@ CASES: tuple[Case, ...] = (
         "the disk lanes alone against fio: 1 to 16 MiB, 1 to 8 in flight, reads, writes and both",
         ".case_disk",
         Options(num_rounds=3, num_warmup=0),
+    ),
+    Case(
+        "offload",
+        "everything on disk against everything in memory, against the disk's bound, and in a cgroup of the budget",
+        ".case_offload",
+        Options(configs=("M",)),
+    ),
+    Case(
+        "scale",
+        "a GPT of 3 billion parameters in 8 GiB: seconds, bytes, share of the bound; or the largest in 4 GiB",
+        ".case_scale",
+        Options(num_rounds=2, num_warmup=0, configs=("3B",)),
     ),
 )
 

@@ -1,0 +1,279 @@
+"""The case `offload`: state on disk against state in memory, against the disk's bound, and within a budget.
+
+Owns who runs against whom, the targets, and the check that all of them do the same work to the bit (equal losses).
+
+- *compute-bound* (batch 8x256 in one micro-batch): tokens/s with everything on disk over the same engine's with
+  everything in memory, round by round.
+- *input/output-bound* (batch 1x64): the least time that the step can take (`bound.py`) over what it took, round by
+  round. Compute is what the in-memory engine takes at the same batch; bandwidths are those of the disk lanes, in the
+  same round and folder, with the same block size and depth.
+- *within budget*: 8 micro-batches of 1x256 in a memory cgroup whose limit is the budget, the worker process included.
+  The smallest budget is searched in steps of 64 MiB: the planner accepts it, and the kernel does not kill.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from .bound import Bandwidth, least_seconds
+from .case_disk import disk_folder
+from .cgroup import CgroupUnavailable
+from .confined import Job, Outcome, run_confined
+from .contestants import Contestant, Group
+from .figures import Figure, Target, paired_ratios
+from .suite import Findings, Options
+
+__all__ = ["run", "smallest_multiple"]
+
+_MIB = 1 << 20
+_BUDGETS_MIB = {"M": (1536, 1126), "S": (768,)}  # 1.5 GiB and 1.1 GiB
+_LEAST_MIB = 448  # a process with torch alone is about as large
+_STEP_MIB = 64
+_NUM_STEPS = 2
+
+_IN_MEMORY_TARGET = Target(low=0.95)
+_BOUND_TARGET = Target(low=0.85)
+_SAME = Target(high=0.0)
+
+
+def run(options: Options, say: Callable[[str], None]) -> Findings:
+    """Measure every configuration asked for; budgets only with extras.
+
+    Raises:
+        ContestantFailed: one of them failed; its name and traceback are in the message.
+        ValueError: an unknown configuration, or a folder that does not lie on a disk.
+    """
+    from .models import CONFIGS  # torch, which only a run needs
+
+    unknown = [config for config in options.configs if config not in _BUDGETS_MIB]
+    if unknown:
+        raise ValueError(f"no configuration {unknown[0]!r} here; there are {', '.join(_BUDGETS_MIB)}")
+    figures: list[Figure] = []
+    notes = ["1 rank of 2 threads, float32, AdamW; every step's update included."]
+    with tempfile.TemporaryDirectory(prefix="outgrow-offload-", dir=disk_folder(options.folder)) as folder:
+        for config in options.configs:
+            figures += _compute_bound(config, CONFIGS[config].tokens_per_step, folder, options, say)
+            figures += _disk_bound(config, folder, options, say)
+            if options.with_extras:
+                found, remark = _within_budgets(config, asdict(CONFIGS[config]), folder, say)
+                figures += found
+                notes += remark
+    return Findings(tuple(figures), tuple(notes))
+
+
+# ---- against memory
+
+
+def _pair(config: str, batch_size: int, length: int, folder: str) -> tuple[Contestant, Contestant]:
+    sizes = {"config": config, "batch_size": batch_size, "length": length}
+    return (
+        Contestant("in memory", ".member_offload:engine", num_threads=2, arguments={**sizes, "offload": "none"}),
+        Contestant(
+            "on disk", ".member_offload:engine", num_threads=2, arguments={**sizes, "offload": "all", "folder": folder}
+        ),
+    )
+
+
+def _compute_bound(config: str, tokens: int, folder: str, options: Options, say: Callable[[str], None]) -> list[Figure]:
+    turns, losses = _measure(_pair(config, 8, 256, folder), options, lambda line: say(f"{config} 8x256, {line}"))
+    section = f"{config}, batch 8x256: everything on disk against everything in memory"
+    seconds = {name: [each.seconds for each in reports] for name, reports in turns.items()}
+    figures = [
+        Figure(
+            section,
+            name,
+            "tokens/s",
+            tuple(tokens / each for each in seconds[name]),
+            note=f"RSS {max(each.peak_rss_bytes for each in reports) / _MIB:,.0f} MiB; {reports[-1].moved}",
+        )
+        for name, reports in turns.items()
+    ]
+    ratios = paired_ratios(seconds["in memory"], seconds["on disk"])
+    figures.append(Figure(section, "on disk / in memory", "ratio", ratios, _IN_MEMORY_TARGET))
+    figures.append(_agreement(section, losses))
+    return figures
+
+
+def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str], None]) -> list[Figure]:
+    lanes = Contestant("disk lanes", ".member_offload:disk", num_threads=2, arguments={"folder": folder})
+    contestants = (*_pair(config, 1, 64, folder), lanes)
+    turns, losses = _measure(contestants, options, lambda line: say(f"{config} 1x64, {line}"))
+    section = f"{config}, batch 1x64: everything on disk against the bound"
+    speeds: list[Bandwidth] = turns["disk lanes"]
+    bounds = [
+        least_seconds(memory.seconds, on_disk.moved, speed)
+        for memory, on_disk, speed in zip(turns["in memory"], turns["on disk"], speeds, strict=True)
+    ]
+    measured = [each.seconds for each in turns["on disk"]]
+    return [
+        Figure(section, "in memory, a step", "s", tuple(each.seconds for each in turns["in memory"])),
+        Figure(section, "on disk, a step", "s", tuple(measured), note=str(turns["on disk"][-1].moved)),
+        Figure(section, "disk, read", "GB/s", tuple(speed.read_bytes_per_s / 1e9 for speed in speeds)),
+        Figure(section, "disk, written", "GB/s", tuple(speed.write_bytes_per_s / 1e9 for speed in speeds)),
+        Figure(
+            section,
+            "bound / on disk",
+            "ratio",
+            paired_ratios([seconds for seconds, _ in bounds], measured),
+            _BOUND_TARGET,
+            note=f"bound {bounds[-1][0]:.2f} s by {bounds[-1][1]}, in the last round",
+        ),
+        _agreement(section, losses),
+    ]
+
+
+def _measure(
+    contestants: Sequence[Contestant], options: Options, say: Callable[[str], None]
+) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+    """Name -> what rank 0 reported in every measured round; and name -> all its losses, warm-up included."""
+    with Group(contestants, say=say) as group:
+        warmup = group.rounds(options.num_warmup)
+        measured = group.rounds(options.num_rounds, first=options.num_warmup)
+    turns = {name: [ranks[0] for ranks in rounds] for name, rounds in measured.items()}
+    losses = {
+        name: [ranks[0].loss for ranks in warmup[name] + measured[name]]
+        for name in measured
+        if hasattr(turns[name][0], "loss")
+    }
+    return turns, losses
+
+
+def _agreement(section: str, losses: dict[str, list[float]]) -> Figure:
+    """Steps in which not all losses have the same bits."""
+    reference, *others = losses
+    num_steps = min(len(values) for values in losses.values())
+    different = sum(any(losses[name][i] != losses[reference][i] for name in others) for i in range(num_steps))
+    return Figure(
+        section,
+        "steps whose losses differ",
+        "steps",
+        (float(different),),
+        _SAME,
+        note=f"of {num_steps}, {len(losses)} contestants, compared to the bit",
+    )
+
+
+# ---- within budget
+
+
+def _within_budgets(
+    config: str, model: dict[str, int], folder: str, say: Callable[[str], None]
+) -> tuple[list[Figure], list[str]]:
+    job = Job("engine", model, num_steps=_NUM_STEPS, micro_batches=model["batch_size"])
+    section = f"{config}, {model['batch_size']} micro-batches of 1x{model['length']} in a cgroup of the budget"
+
+    def within(mib: int) -> Outcome:
+        say(f"{config}, within {mib:,} MiB")
+        return run_confined(replace(job, budget_bytes=mib * _MIB, folder=folder), mib * _MIB)
+
+    budgets = _BUDGETS_MIB[config]
+    outcomes: dict[int, Outcome] = {}
+
+    def trains(mib: int) -> bool:
+        if mib not in outcomes:
+            outcomes[mib] = within(mib)
+        return outcomes[mib].end == "trained"
+
+    try:
+        for mib in budgets:
+            trains(mib)
+        smallest = smallest_multiple(
+            trains,
+            _LEAST_MIB // _STEP_MIB * _STEP_MIB,
+            min(budgets) // _STEP_MIB * _STEP_MIB,
+            _STEP_MIB,
+        )
+        say(f"{config}, plain PyTorch within {budgets[0]:,} MiB")
+        plain = run_confined(replace(job, who="plain"), budgets[0] * _MIB)
+    except CgroupUnavailable as error:
+        return [Figure(section, "within budget", "ratio", (), note=f"not measured: {error}")], []
+    say(f"{config}, without a limit")
+    free = run_confined(replace(job, offload="none"))
+    figures = [Figure(section, "in memory, no limit: a step", "s", _steps(free), note=_remark(free))]
+    for mib in budgets:
+        figures += _budget_figures(section, mib, outcomes[mib], free)
+    if smallest is None:
+        figures.append(Figure(section, "smallest budget", "bytes", (), note="none below the ones above is survived"))
+    else:
+        figures.append(
+            Figure(section, "smallest budget", "bytes", (float(smallest * _MIB),), note=_remark(outcomes[smallest]))
+        )
+    figures.append(
+        Figure(
+            section,
+            f"plain PyTorch in {budgets[0]:,} MiB is killed",
+            "times",
+            (float(plain.end == "killed"),),
+            Target(low=1.0),
+            note=f"{plain.end} {plain.message[-200:]}, after {len(plain.losses)} steps",
+        )
+    )
+    trained = {"free": free} | {str(mib): each for mib, each in outcomes.items() if each.end == "trained"}
+    figures.append(_agreement(section, {name: list(each.losses) for name, each in trained.items()}))
+    tried = ", ".join(f"{mib:,} {outcomes[mib].end}" for mib in sorted(outcomes))
+    bad = [f"{mib:,} MiB: {each.end}: {each.message[-300:]}" for mib, each in outcomes.items() if _is_bad(each)]
+    return figures, [f"{config}: budgets in MiB: {tried}.", *bad]
+
+
+def _is_bad(outcome: Outcome) -> bool:
+    """Neither trained nor refused in time: what must not happen within any budget."""
+    return outcome.end not in ("trained", "refused")
+
+
+def _budget_figures(section: str, mib: int, outcome: Outcome, free: Outcome) -> list[Figure]:
+    if outcome.end != "trained":
+        note = f"{outcome.end}: {outcome.message[-300:]}"
+        return [Figure(section, f"{mib:,} MiB: peak / budget", "ratio", (), Target(high=1.0), note=note)]
+    peak_bytes = outcome.resident_peak_bytes
+    figures = [
+        Figure(
+            section, f"{mib:,} MiB: peak / budget", "ratio", (peak_bytes / (mib * _MIB),), Target(high=1.0),
+            note=_remark(outcome),
+        ),
+        Figure(section, f"{mib:,} MiB: a step", "s", _steps(outcome)),
+    ]  # fmt: skip
+    if free.end == "trained":
+        ratio = min(_steps(free)) / min(_steps(outcome))
+        figures.append(Figure(section, f"{mib:,} MiB: speed / in memory", "ratio", (ratio,)))
+    if outcome.predicted_bytes:
+        ratio = outcome.predicted_bytes / peak_bytes
+        figures.append(Figure(section, f"{mib:,} MiB: predicted peak / VmHWM", "ratio", (ratio,)))
+    return figures
+
+
+def _steps(outcome: Outcome) -> tuple[float, ...]:
+    """Seconds of the steps behind the first, which compiles the plan and takes memory for the first time."""
+    return outcome.step_s[1:] or outcome.step_s
+
+
+def _remark(outcome: Outcome) -> str:
+    if outcome.end != "trained":
+        return f"{outcome.end}: {outcome.message[-300:]}"
+    words = [f"VmHWM {outcome.resident_peak_bytes / _MIB:,.0f} MiB"]
+    if outcome.group_peak_bytes is not None:
+        words.append(f"cgroup {outcome.group_peak_bytes / _MIB:,.0f}")
+    if outcome.predicted_bytes is not None:
+        words.append(f"predicted {outcome.predicted_bytes / _MIB:,.0f}")
+    words += [f"start {outcome.startup_s:.1f} s", outcome.plan]
+    return ", ".join(words)
+
+
+def smallest_multiple(is_enough: Callable[[int], bool], low: int, high: int, step: int) -> int | None:
+    """The smallest of low, low + step, ..., high that is enough, where more is enough too; None where `high` is not.
+
+    Raises:
+        ValueError: `high` is not on the grid above `low`.
+    """
+    if step < 1 or high < low or (high - low) % step:
+        raise ValueError(f"{high} is not {low} plus a multiple of {step}")
+    if not is_enough(high):
+        return None
+    first, last = 0, (high - low) // step  # `last` is enough
+    while first < last:
+        middle = (first + last) // 2
+        if is_enough(low + middle * step):
+            last = middle
+        else:
+            first = middle + 1
+    return low + last * step
