@@ -5,7 +5,7 @@ Owns sizes as text, their check, and detection from the cgroup or machine. Does 
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -105,6 +105,10 @@ class Memory:
     @property
     def disk_folder(self) -> str | None:
         return None if self.disk is None else os.fspath(self.disk)
+
+    def filled(self, num_workers: int = 1) -> "Memory":
+        """With a host budget in any case: the one that was given, or a worker's share of what is there."""
+        return self if self.host is not None else replace(self, host=Memory.detect(num_workers).host)
 
     @classmethod
     def detect(cls, num_workers: int = 1) -> "Memory":

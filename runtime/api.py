@@ -91,6 +91,9 @@ class Runtime:
         units: Sequence[str] | None = None,
         init: "Callable[[nn.Module], Any] | None" = None,
         weights: str | os.PathLike[str] | None = None,
+        offload: str | None = None,
+        activations: str | Sequence[str] | None = None,
+        order: str | None = None,
     ) -> Result:
         """Train `model` on `data`, and return what came out.
 
@@ -113,6 +116,12 @@ class Runtime:
             clip_grad_norm: the largest global gradient norm.
             precision: "float32", or "bf16" with float32 masters.
             zero: what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too; None: as planned.
+            offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters
+                too); None: what does not fit into the host budget.
+            activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a word for each; None:
+                kept where they fit.
+            order: of micro-batches: "sequential" or "by-unit" (all of them through a unit before the next one, so that
+                what lies on disk moves once a step); None: as it fits.
             callbacks: run on rank 0, in the worker.
             forward: `f(model, batch)` instead of the ways to call the model above.
             seed: of the order of data, of a model that a function builds, and of dropout.
@@ -139,6 +148,9 @@ class Runtime:
             clip_grad_norm=clip_grad_norm,
             precision=precision,
             zero=zero,
+            offload=offload,
+            activations=activations if activations is None or isinstance(activations, str) else tuple(activations),
+            order=order,
             seed=seed,
             weights=os.fspath(weights) if isinstance(weights, os.PathLike) else weights,
         )

@@ -59,6 +59,7 @@ def train(
     workers: Annotated[int | None, typer.Option(min=0, help="Ranks; overrides the function's.")] = None,
     memory: Annotated[str | None, typer.Option(help='Host memory of each worker, e.g. "2GiB".')] = None,
     name: Annotated[str | None, typer.Option(help="The run folder's name.")] = None,
+    disk: Annotated[str | None, typer.Option(help="A folder on a disk for what does not fit into memory.")] = None,
 ) -> None:
     """Train what the function NAME in FILE.py says.
 
@@ -66,7 +67,7 @@ def train(
     """
     from .train_file import run_file
 
-    _fail_clearly(run_file, target, workers=workers, memory=memory, name=name)
+    _fail_clearly(run_file, target, workers=workers, memory=memory, name=name, disk=disk)
 
 
 @app.command()

@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 PRECISIONS = {"float32": "float32", "fp32": "float32", "bfloat16": "bf16", "bf16": "bf16"}
+OFFLOADS = ("none", "optimizer", "all")
+ACTIVATIONS = ("keep", "recompute", "offload:host", "offload:disk")
+ORDERS = ("sequential", "by-unit")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -107,6 +110,10 @@ class TrainConfig:
         clip_grad_norm: the global gradient norm is scaled down to this; None leaves it.
         precision: "float32", or "bf16" (computes in bfloat16 with float32 masters).
         zero: 0 to 3 fixes what is sharded, None leaves it to the planner.
+        offload: "none", "optimizer" or "all" fixes what lies on disk; None: what does not fit into memory.
+        activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a list with a word for
+            each; None: "keep" where it fits.
+        order: of micro-batches, "sequential" or "by-unit"; None: the leaner one where memory is tight.
         seed: seeds the order of data, the model's initialisation where a function builds it, and dropout.
         weights: a safetensors file, an index of several, or the folder that holds them, by its absolute path; the
             model starts with these values. None: with its own.
@@ -120,6 +127,9 @@ class TrainConfig:
     clip_grad_norm: float | None = None
     precision: str = "float32"
     zero: int | None = None
+    offload: str | None = None
+    activations: str | tuple[str, ...] | None = None
+    order: str | None = None
     seed: int = 0
     weights: str | None = None
     batch_size_given: bool = field(init=False, default=False)
@@ -149,6 +159,14 @@ class TrainConfig:
             raise ValueError(f"zero must be 0, 1, 2, 3 or None (the planner's choice), got {self.zero!r}")
         if self.weights is not None:
             object.__setattr__(self, "weights", _absolute_path("weights", self.weights))
+        words = {"offload": OFFLOADS, "order": ORDERS}
+        for name, known in words.items():
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name}={getattr(self, name)!r}: there is {', '.join(map(repr, known))}")
+        each = (self.activations,) if isinstance(self.activations, str) else self.activations or ()
+        for word in each:
+            if word not in ACTIVATIONS:
+                raise ValueError(f"activations={word!r}: there is {', '.join(map(repr, ACTIVATIONS))}")
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])
 

@@ -42,6 +42,11 @@ class Constraints:
 
     def check(self, memory: Memory, num_units: int, clips_gradients: bool, micro_batches: int) -> None:
         """Raise ValueError where the words cannot hold with this memory, model and training."""
+        if memory.device is not None or memory.unified is False:
+            raise ValueError(
+                f"Memory(device={memory.device!r}, unified={memory.unified!r}): a device with memory of its own is not "
+                "supported yet; on this machine device and host are the same bytes, so give host= alone"
+            )
         offload = _word(Offload, "offload", self.offload)
         _word(MicroBatchOrder, "order", self.order)
         update = _word(UpdateTime, "update", self.update)

@@ -80,7 +80,7 @@ class PreparedEngine:
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
-        self.memory = memory or Memory.detect(ranks)
+        self.memory = (memory or Memory()).filled(ranks)
         self._constraints = Constraints(offload, activations, order, update)
         self._constraints.check(self.memory, len(self._units), clips, micro_batches)
         plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)

@@ -7,6 +7,7 @@ workers by value, because they cannot import it.
 import importlib.util
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,13 @@ from .result import Result
 __all__ = ["load_function", "run_file", "split_arguments"]
 
 
-def run_file(target: str, workers: int | None = None, memory: str | None = None, name: str | None = None) -> Result:
+def run_file(
+    target: str,
+    workers: int | None = None,
+    memory: str | None = None,
+    name: str | None = None,
+    disk: str | None = None,
+) -> Result:
     """Train what `FILE.py:NAME` says. Options that are not None override the function's.
 
     Raises:
@@ -33,6 +40,8 @@ def run_file(target: str, workers: int | None = None, memory: str | None = None,
     arguments |= {key: value for key, value in options.items() if value is not None}
     if isinstance(arguments.get("memory"), str | int):
         arguments["memory"] = Memory(host=arguments["memory"])
+    if disk is not None:
+        arguments["memory"] = replace(arguments.get("memory") or Memory(), disk=disk)
     for_runtime, for_train = split_arguments(arguments)
     result = Runtime(**for_runtime).train(**for_train)
     Console().print(f"{result}\nrun folder: {result.path}", markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory, format_bytes
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
@@ -75,8 +76,12 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     config = job.config
     base_bytes = read_process_memory().resident_bytes
     source = open_data(job.data, config, place.rank, place.num_ranks)
-    memory = job.memory if job.memory is not None else Memory.detect(place.num_local)
-    engine = progress.engine = _engine(job, memory, Path(run_path).name)
+    memory = (job.memory or Memory()).filled(place.num_local)
+    if memory.disk is not None:
+        return_blocks_at_once()  # from the first block on: a heap that has grown does not shrink
+    parts = shares(source, config)
+    first = [next(parts)] if memory.disk is not None else []  # the plan is made for it, before anything is moved
+    engine = progress.engine = _engine(job, memory, Path(run_path).name, first[0].samples if first else None)
     sink.send(
         Started(
             place.rank,
@@ -92,7 +97,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         callback.on_start(engine)
     peak_bytes: dict[str, int] = {}
     step: StepResult | None = None
-    for share in shares(source, config):
+    for share in itertools.chain(first, parts):
         step = engine.step(share.samples)
         progress.step = step.step
         peak_bytes = {tier: max(held, peak_bytes.get(tier, 0)) for tier, held in step.peak_bytes.items()}
@@ -115,12 +120,10 @@ def _finished(place: Place, engine: Engine) -> Finished:
     return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 
-def _engine(job: Job, memory: Memory, run_name: str) -> Engine:
+def _engine(job: Job, memory: Memory, run_name: str, example: Any) -> Engine:
     config = job.config
     built = _built(job, memory)
     try:
-        filler = _filler(job, built, memory)
-        further: dict[str, Any] = {} if filler is None else {"filler": filler}
         return Engine(
             built.model,
             optimizer=job.optimizer,
@@ -135,7 +138,11 @@ def _engine(job: Job, memory: Memory, run_name: str) -> Engine:
             seed=config.seed,
             units=job.units,
             run_name=run_name,
-            **further,
+            filler=_filler(job, built, memory),
+            offload=config.offload,
+            activations=config.activations,
+            order=config.order,
+            example=example,
         )
     except ValueError as error:
         error.outgrow_argument = True  # type: ignore[attr-defined]  # an argument was refused: the caller gets this very error
