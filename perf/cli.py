@@ -136,6 +136,12 @@ def offload(
 
 
 @app.command()
+def budgets(folder: _Folder = None, json: _Json = None, rounds: _Rounds = None) -> None:
+    """Random models within random budgets, enforced by the kernel; a round is one of them."""
+    _run("budgets", json, rounds, 0, folder=folder)
+
+
+@app.command()
 def scale(
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="Of the GPT, 3072 wide; 26 are 3.1 billion parameters.")

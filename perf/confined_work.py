@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory
 from ..memory.errors import DoesNotFit
 from ..runtime.building import build_model
@@ -52,6 +53,8 @@ class _Training(Protocol):
 def work(job: Job) -> Iterator[Outcome]:
     """Train; an outcome after the start and after every step, each with all that is known so far."""
     config = GPTConfig(**job.model)
+    if job.folder is not None:
+        return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
     batches = random_batches(config)
     try:
         training: _Training = _Engine(job, config, batches(0)) if job.who == "engine" else _Plain(job, config)

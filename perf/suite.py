@@ -115,6 +115,12 @@ CASES: tuple[Case, ...] = (
         Options(configs=("M",)),
     ),
     Case(
+        "budgets",
+        "random models, budgets and policies, each in a cgroup of the budget: never killed, never over",
+        ".case_budgets",
+        Options(num_rounds=30, num_warmup=0),
+    ),
+    Case(
         "scale",
         "a GPT of 3 billion parameters in 8 GiB: seconds, bytes, share of the bound; or the largest in 4 GiB",
         ".case_scale",

@@ -1,0 +1,101 @@
+"""The order in which plans are tried, what is done with the rest of a budget, and the refusal."""
+
+from dataclasses import replace
+
+import pytest
+
+from outgrow.memory.errors import DoesNotFit
+from outgrow.scheduler.fit import Assessment, Open, choose
+from outgrow.scheduler.ledger import Ledger
+from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
+from outgrow.scheduler.program import Buffer, Program
+
+NUM_UNITS = 4
+EVERYTHING = Open(homes=True, activations=True, order=True, update=True)
+PLAN = Plan(1, 0, 2, "float32", False, 1, (ChunkPlan(),) * NUM_UNITS)
+
+
+def assess(plan: Plan) -> Assessment:
+    """Bytes by hand: 100 a chunk for slots, 50 for parameters, 20 a unit kept, 60 for sums of several micro-batches."""
+    slots = sum(100 for chunk in plan.chunks if chunk.optimizer_home is Home.HOST)
+    parameters = sum(50 for chunk in plan.chunks if chunk.parameter_home is Home.HOST)
+    kept = sum(20 for unit in range(NUM_UNITS) if plan.activations_of(unit) is Activations.KEEP)
+    sums = 60 if plan.order is MicroBatchOrder.SEQUENTIAL else 0
+    buffers = 0 if parameters else max(10 + 10 * plan.prefetch, plan.cache_bytes)
+    parts = {"state": slots + parameters, "activations": kept, "gradients": sums, "buffers": buffers}
+    program = Program((), (Buffer("b", "host", 0, buffers),) if buffers else ())
+    return Assessment(plan, program, Ledger(sum(parts.values()), "B3.1", parts))
+
+
+def chosen(budget: int, plan: Plan = PLAN, open_: Open = EVERYTHING) -> Plan:
+    return choose(plan, open_, NUM_UNITS, budget, assess).plan
+
+
+def test_what_fits_stays_in_memory_as_it_is():
+    assert chosen(740) == PLAN
+
+
+def test_micro_batches_take_turns_before_anything_goes_to_disk():
+    plan = chosen(700)
+    assert plan.order is MicroBatchOrder.BY_UNIT
+    assert not plan.uses_disk
+
+
+def test_the_optimizer_goes_to_disk_before_the_parameters():
+    plan = chosen(400)
+    assert {(c.parameter_home, c.optimizer_home) for c in plan.chunks} == {(Home.HOST, Home.DISK)}
+    assert plan.update is UpdateTime.BACKWARD
+    assert not plan.activations
+
+
+def test_units_are_recomputed_as_few_as_it_takes_and_the_first_ones():
+    plan = chosen(70)
+    assert {(c.parameter_home, c.optimizer_home) for c in plan.chunks} == {(Home.DISK, Home.DISK)}
+    assert plan.activations == (Activations.RECOMPUTE,) * 2 + (Activations.KEEP,) * 2
+    assert assess(plan).ledger.peak_bytes <= 70
+
+
+def test_the_least_prefetch_comes_last():
+    assert chosen(20).prefetch == 1
+    assert chosen(10).prefetch == 0
+
+
+def test_what_is_left_of_the_budget_keeps_parameters_in_memory():
+    roomy = replace(PLAN, chunks=tuple(replace(c, parameter_home=Home.DISK) for c in PLAN.chunks))
+    fixed = Open(homes=False, activations=False, order=False, update=False)
+    mebibytes = 1 << 20
+
+    def scaled(plan: Plan) -> Assessment:
+        buffers = max(100 * mebibytes, plan.cache_bytes)
+        program = Program((), (Buffer("b", "host", 0, buffers),))
+        return Assessment(plan, program, Ledger(buffers, "F0.0", {"buffers": buffers}))
+
+    found = choose(roomy, fixed, NUM_UNITS, 300 * mebibytes, scaled)
+    assert 250 * mebibytes < found.ledger.peak_bytes <= 300 * mebibytes
+
+
+def test_clipping_keeps_updates_after_the_backward_pass():
+    clipping = replace(PLAN, clips_gradients=True)
+    assert chosen(400, clipping).update is UpdateTime.AFTER
+
+
+def test_what_is_fixed_stays():
+    fixed = replace(PLAN, activations=(Activations.KEEP,) * NUM_UNITS)
+    plan = chosen(130, fixed, replace(EVERYTHING, activations=False))
+    assert plan.activations == fixed.activations
+    with pytest.raises(DoesNotFit):
+        chosen(70, fixed, replace(EVERYTHING, activations=False))
+
+
+def test_a_refusal_names_the_leanest_plan_its_moment_and_what_is_missing():
+    with pytest.raises(DoesNotFit) as caught:
+        chosen(3)
+    text = str(caught.value)
+    for words in ("host budget of 3 B", "needs 10 B", "7 B more", "B3.1", "4 units recomputed", "10 B buffers"):
+        assert words in text
+    assert "Memory(disk=" not in text
+
+
+def test_without_a_disk_the_refusal_says_so():
+    with pytest.raises(DoesNotFit, match=r"Memory\(disk="):
+        chosen(300, open_=replace(EVERYTHING, homes=False))
