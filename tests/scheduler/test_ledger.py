@@ -1,0 +1,94 @@
+"""The fullest moment of a program, for a chain that can be added up by hand."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from outgrow.parallel.units import find_units
+from outgrow.scheduler.ledger import HostFigures, Ledger, host_ledger
+from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
+from outgrow.scheduler.passes import compile_program
+from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
+from outgrow.scheduler.program import ChunkUse, StepShape, UnitUse
+
+WIDTH, DEPTH = 64, 6
+WEIGHT_BYTES = 4 * WIDTH * WIDTH
+ON_DISK = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
+
+
+def profile_of(samples: int) -> MemoryProfile:
+    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Tanh()) for _ in range(DEPTH))
+    model = nn.Sequential(*blocks)
+    units = find_units(model, [str(number) for number in range(DEPTH)])
+    batch = torch.empty(samples, WIDTH)
+    return measure_memory(model, units, lambda m, x: m(x), lambda output, _: output.square().mean(), batch)
+
+
+@pytest.fixture(scope="module")
+def profile() -> MemoryProfile:
+    """Activations rule: the fullest moment is at the turn."""
+    return profile_of(512)
+
+
+@pytest.fixture(scope="module")
+def small() -> MemoryProfile:
+    """Gradients rule: the fullest moment is at the end."""
+    return profile_of(4)
+
+
+SHAPE = StepShape(
+    tuple(UnitUse(str(number), (number,), True, number) for number in range(DEPTH)),
+    tuple(ChunkUse(WEIGHT_BYTES, True, WEIGHT_BYTES, 2 * WEIGHT_BYTES) for _ in range(DEPTH)),
+)
+
+
+def ledger(
+    profile: MemoryProfile, state: Mapping[int, int] | None = None, summed: bool = False, **plan: object
+) -> Ledger:
+    chunk = plan.pop("chunk", ChunkPlan())
+    micro_batches = plan.pop("micro_batches", 1)
+    whole = Plan(1, 0, micro_batches, "float32", False, 1, (chunk,) * DEPTH, **plan)  # pyright: ignore[reportArgumentType]
+    figures = HostFigures(
+        1000, state or {}, dict.fromkeys(range(DEPTH), WEIGHT_BYTES), 20, dict.fromkeys(range(DEPTH), 7), summed, 5
+    )
+    return host_ledger(compile_program(SHAPE, whole), SHAPE, whole, profile, figures)
+
+
+def test_the_parts_add_up_to_the_peak(profile: MemoryProfile) -> None:
+    found = ledger(profile, {0: 300, 1: 11})
+    assert sum(found.parts.values()) == found.peak_bytes
+    assert found.parts["state"] == 311
+    assert found.parts["process"] == 1000 + profile.library_bytes
+    assert found.parts["exchange"] == 20
+    assert found.parts["reserve"] == 5
+    assert found.parts["buffers"] == 0
+
+
+def test_recomputing_takes_less_and_micro_batches_one_by_one_take_no_more_activations(profile: MemoryProfile) -> None:
+    kept = ledger(profile)
+    recomputed = ledger(profile, activations=(Activations.RECOMPUTE,) * DEPTH)
+    assert recomputed.peak_bytes < kept.peak_bytes
+    assert ledger(profile, micro_batches=3).parts["activations"] <= kept.parts["activations"]
+    by_unit = ledger(profile, micro_batches=3, order=MicroBatchOrder.BY_UNIT)
+    assert by_unit.peak_bytes > 2 * kept.peak_bytes - by_unit.parts["process"]
+
+
+def test_gradients_of_one_chunk_at_a_time_where_updates_are_in_the_backward_pass(small: MemoryProfile) -> None:
+    after = ledger(small)
+    backward = ledger(small, update=UpdateTime.BACKWARD)
+    assert after.parts["gradients"] == DEPTH * WEIGHT_BYTES
+    assert backward.parts["gradients"] <= WEIGHT_BYTES
+
+
+def test_sums_that_stay_from_step_to_step_count_from_the_first_action_on(profile: MemoryProfile) -> None:
+    assert ledger(profile, summed=True).parts["gradients"] == DEPTH * WEIGHT_BYTES
+
+
+def test_what_lies_on_disk_counts_by_the_arena(profile: MemoryProfile) -> None:
+    found = ledger(profile, chunk=ON_DISK, update=UpdateTime.BACKWARD)
+    assert found.parts["buffers"] > 0
+    assert found.parts["buffers"] < DEPTH * 3 * WEIGHT_BYTES
+    assert replace(found, parts={}).where.startswith(("F", "B", "STEP"))
