@@ -213,12 +213,19 @@ def _within_budgets(
     figures.append(_agreement(section, {name: list(each.losses) for name, each in trained.items()}))
     tried = ", ".join(f"{mib:,} {outcomes[mib].end}" for mib in sorted(outcomes))
     bad = [f"{mib:,} MiB: {each.end}: {each.message[-300:]}" for mib, each in outcomes.items() if _is_bad(each)]
-    return figures, [f"{config}: budgets in MiB: {tried}.", *bad]
+    over = [f"{config}, {_over(mib, each)}" for mib, each in outcomes.items() if each.resident_peak_bytes > mib * _MIB]
+    return figures, [f"{config}: budgets in MiB: {tried}.", *bad, *over]
 
 
 def _is_bad(outcome: Outcome) -> bool:
     """Neither trained nor refused in time: what must not happen within any budget."""
     return outcome.end not in ("trained", "refused")
+
+
+def _over(mib: int, outcome: Outcome) -> str:
+    """The group does not count pages of libraries that other processes loaded first; the resident set does."""
+    excess_mib = outcome.resident_peak_bytes / _MIB - mib
+    return f"{mib:,} MiB: {outcome.end}, but the resident set was {excess_mib:,.0f} MiB above the budget."
 
 
 def _budget_figures(section: str, mib: int, outcome: Outcome, free: Outcome) -> list[Figure]:

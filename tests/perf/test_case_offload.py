@@ -102,6 +102,14 @@ def test_budgets_are_tried_down_to_the_smallest(kernel: list[tuple[str, int | No
     assert len(notes) == sum(mib is not None and mib < 500 for who, mib in kernel if who == "engine") + 1
 
 
+def test_a_resident_set_above_the_budget_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome("trained", step_s=(1.0,), losses=(3.0,), resident_peak_bytes=531 * MIB)
+    monkeypatch.setattr(case_offload, "run_confined", lambda job, limit_bytes=None: outcome)
+    _, notes = case_offload._within_budgets("S", {"batch_size": 8, "length": 256}, "/folder", lambda line: None)
+    assert "S, 512 MiB: trained, but the resident set was 19 MiB above the budget." in notes
+    assert not any("576 MiB: trained, but" in note for note in notes)
+
+
 def test_without_a_cgroup_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Outcome:
         raise CgroupUnavailable("no controller")
