@@ -11,13 +11,14 @@ import torch
 from ..memory.chunk import ChunkLayout
 from ..memory.process import read_process_memory
 from ..scheduler.ledger import HostFigures
-from ..scheduler.plan import ChunkPlan, Home, Plan
+from ..scheduler.plan import ChunkPlan, Home, MicroBatchOrder, Plan
 from .adopting import TILE_ELEMS
 from .optimizer import PiecewiseOptimizer
 
 __all__ = ["host_figures", "process_bytes"]
 
-_RESERVE_BYTES = 24 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
+_RESERVE_BYTES = 32 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
+_TURN_BYTES = 2 << 20  # of a micro-batch's own thread, where micro-batches take turns
 
 
 def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
@@ -65,7 +66,9 @@ def host_figures(
     exchange = sum(sorted(copies)[-(2 + plan.prefetch) :])
     if plan.world_size > 1:
         exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
-    return HostFigures(process, state, gradients, exchange, updates, is_summed, _RESERVE_BYTES)
+    threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
+    reserve = _RESERVE_BYTES + _TURN_BYTES * threads
+    return HostFigures(process, state, gradients, exchange, updates, is_summed, reserve)
 
 
 def _is_shared(decision: ChunkPlan, transport: str) -> bool:

@@ -93,7 +93,7 @@ class PreparedEngine:
         self._is_ample = check_fit(model, self._layouts, self.plan, self.memory)
         if not self._is_ample:
             return_blocks_at_once()
-        elif self.memory.disk is None:
+        else:
             keep_freed_blocks()  # for the whole process: the next step uses the same memory again
         self._clip_grad_norm = clip_grad_norm
         self._filler = filler
