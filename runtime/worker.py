@@ -120,7 +120,7 @@ def _finished(place: Place, engine: Engine) -> Finished:
     return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 
-def _engine(job: Job, memory: Memory, run_name: str, example: Any) -> Engine:
+def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Engine:
     config = job.config
     built = _built(job, memory)
     try:

@@ -56,6 +56,9 @@ def test_train_arguments():
         "units": None,
         "init": None,
         "weights": None,
+        "offload": None,
+        "activations": None,
+        "order": None,
     }
 
 
@@ -74,7 +77,7 @@ def test_commands_and_options():
         "doctor": ["--folder"],
         "perf": [],
         "schedule": [],
-        "train": ["--memory", "--name", "--workers", "target"],
+        "train": ["--disk", "--memory", "--name", "--workers", "target"],
     }
 
 
