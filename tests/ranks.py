@@ -115,6 +115,7 @@ def _run_rank(
         world_size=num_ranks,
         timeout=timedelta(seconds=timeout_s),
     )
+    dist.barrier()  # a rank that failed at once would otherwise be gone before the others have connected to it
     failed = False
     try:
         outcome = function(rank, *args)
