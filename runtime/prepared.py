@@ -3,6 +3,7 @@
 Owns the constructor's work and the first batch's: units, chunks, plan, program. Does not own a step (`engine.py`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedEngine"]
 
 
-class PreparedEngine:
+class PreparedEngine(ABC):
     """The part of `Engine` that runs before the first step; see there for the arguments."""
 
     def __init__(
@@ -235,14 +236,17 @@ class PreparedEngine:
             self._units, self._executor, (self._seed, self.rank), self._passage.input_dtype, self._turns.advance_to
         )
 
+    @abstractmethod
     def _norm(self, action: Action) -> None:
-        raise NotImplementedError
+        """NORM, in a step."""
 
+    @abstractmethod
     def _leave_turn(self, micro_batch: int) -> None:
-        raise NotImplementedError
+        """A micro-batch's turn ends, in a step."""
 
+    @abstractmethod
     def gathered(self) -> AbstractContextManager[nn.Module]:
-        raise NotImplementedError
+        """The model with all its weights in place."""
 
 
 def _transport(kind: str | None) -> "Transport":
