@@ -5,7 +5,9 @@ program's, `scheduler/program.py`), nor what an action does (`runtime/engine.py`
 
     F12.3          forward of unit 12 on micro-batch 3          B, I, W, R alike
     GATHER c7.0    gather chunk 7 (for micro-batch 0)           REDUCE, DROP, STEP alike; without `.0`: for the step
-    READ c7:optim  move slot group `optim` of chunk 7           WRITE, UP, DOWN alike
+    READ c7:optim  move slot group `optim` of chunk 7           WRITE, DROP alike
+    UP c7:param    copy chunk 7's parameters from the host to the device; `DROP c7:device` forgets that copy
+    DOWN c7.0:grad move the gradients of chunk 7 that micro-batch 0 made from the device to the host
     SAVE a7.0      move the saved activations of unit 7, micro-batch 0, away      LOAD brings them back
     SEND_F s1.3    send stage 1's output for micro-batch 3      RECV_F, SEND_B, RECV_B alike
     NORM           the global gradient norm
@@ -52,7 +54,7 @@ class Kind(StrEnum):
     WRITE = "WRITE"  # host -> disk
     SAVE = "SAVE"  # saved activations -> a farther tier
     LOAD = "LOAD"  # and back
-    DROP = "DROP"  # forget the gathered copy
+    DROP = "DROP"  # forget the gathered copy, or what a slot's buffer holds
 
     @property
     def target(self) -> Target:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ..memory.arena import Lifetime, meet, place_buffers
 from ..memory.direct_io import round_up
 from ..parallel.actions import Action, Kind
-from .moves import Item, MovedActions, gathers, item_bytes, needed_chunks
-from .plan import Plan, UpdateTime
+from .moves import DEVICE_COPY, Item, MovedActions, gathers, item_bytes, needed_chunks
+from .plan import Activations, Plan, UpdateTime
 from .program import Buffer, Instruction, Lane, Program, StepShape
 
 __all__ = ["link"]
@@ -20,12 +20,15 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
 
     Resources: `param c` (a rank's shard), `full c` (the gathered copy), `act u.m`, `grad c` (this rank's gradients),
     `sum c` (the summed ones), `squares c` (their sum of squares; on a single rank the norm reads the gradients),
-    `optim c` (optimizer slots), `disk c:slot` (what lies on disk). An action waits for the last writer of what it
-    reads, and for the last writer and all readers since of what it writes. An action that fills a buffer also waits for
-    all that used a buffer with the same bytes before.
+    `optim c` (optimizer slots), `disk c:slot` (what lies on disk); where the device has memory of its own, `copy c`
+    (the shard on the device) and `down c` (a micro-batch's gradients on the host). An action waits for the last writer
+    of what it reads, and for the last writer and all readers since of what it writes. An action that fills a buffer
+    also waits for all that used a buffer with the same bytes before.
     """
-    buffers = _buffers(moved, shape)
+    buffers = _buffers(moved, shape, plan)
     saves: list[int] = []
+    down: int | None = None  # the last DOWN since the last backward, and the last one before that
+    down_before: int | None = None
     sharing = _sharing(buffers)
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}
@@ -33,7 +36,7 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     instructions: list[Instruction] = []
     for position, action in enumerate(moved.actions):
         reads, writes = _resources(action, shape, plan)
-        lane = _lane(action, plan)
+        lane = _lane(action, shape, plan)
         after = {last_write[name] for name in (*reads, *writes) if name in last_write}
         for name in writes:
             after.update(reads_since.get(name, ()))
@@ -42,13 +45,18 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         for name in writes:
             last_write[name] = position
             reads_since[name] = []
-        if (filled := _filled_buffer(action)) is not None:
-            for other in sharing[filled]:
+        for filled in _filled_buffers(action):
+            for other in sharing.get(filled, ()):
                 after.update(users.get(other, {}).values())
         if action.kind is Kind.SAVE:
             saves.append(position)
         elif action.kind is Kind.F and len(saves) > 1:
-            after.add(saves[-2])  # originals of two units at most wait for the disk
+            after.add(saves[-2])  # originals of two units at most wait for the lane
+        elif action.kind is Kind.DOWN:
+            down = position
+        elif action.kind is Kind.B:  # likewise gradients
+            after.update(() if down_before is None else (down_before,))
+            down_before, down = down, None
         for name in _buffers_used(action, shape, plan, buffers):
             users.setdefault(name, {})[lane] = position
         after.discard(position)
@@ -56,31 +64,70 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
 
 
-def _filled_buffer(action: Action) -> str | None:
-    """The buffer that an action puts something new into."""
-    if action.kind is Kind.READ:
-        return f"c{action.index}:{action.slot}"
-    if action.kind in (Kind.SAVE, Kind.LOAD):
-        return f"a{action.index}.{action.micro_batch}"
-    return None
+def _filled_buffers(action: Action) -> tuple[str, ...]:
+    """The buffers that an action puts something new into, as far as there are any."""
+    match action.kind:
+        case Kind.READ:
+            return (f"c{action.index}:{action.slot}",)
+        case Kind.UP:
+            return (f"c{action.index}:{DEVICE_COPY}",)
+        case Kind.DOWN:
+            return (f"c{action.index}:grad",)
+        case Kind.SAVE:
+            return (_saved_name(action),)
+        case Kind.LOAD:
+            return (_saved_name(action), _loaded_name(action))
+        case _:
+            return ()
 
 
-def _activation_lifetimes(actions: Sequence[Action]) -> dict[str, list[Lifetime]]:
-    """When the buffers of saved activations are taken: around SAVE until the next unit has run, from LOAD to B."""
+def _saved_name(action: Action) -> str:
+    return f"a{action.index}.{action.micro_batch}"
+
+
+def _loaded_name(action: Action) -> str:
+    """The buffer on a device with memory of its own."""
+    return f"{_saved_name(action)}:{DEVICE_COPY}"
+
+
+def _lifetimes(actions: Sequence[Action], shape: StepShape, plan: Plan) -> dict[str, list[Lifetime]]:
+    """When the buffers of saved activations and of gradients on their way are taken.
+
+    Activations that go to disk take a buffer around SAVE until the next unit has run, and from LOAD to B; where the
+    device has memory of its own, that one around LOAD alone, and a buffer on the device from LOAD to B. Those that go
+    to the host stay in their buffer from SAVE to LOAD.
+    """
     lifetimes: dict[str, list[Lifetime]] = {}
     place = {action: position for position, action in enumerate(actions)}
     for position, action in enumerate(actions):
-        name = f"a{action.index}.{action.micro_batch}"
-        if action.kind is Kind.SAVE:
+        if action.kind is Kind.SAVE and _goes_to_host(action, shape, plan):
+            load = place[Action(Kind.LOAD, action.index, action.micro_batch)]
+            lifetimes.setdefault(_saved_name(action), []).append((position, load))
+        elif action.kind is Kind.SAVE:
             later = (at for at in range(position + 1, len(actions)) if actions[at].kind.is_compute)
-            lifetimes.setdefault(name, []).append((position, next(later, position)))
+            lifetimes.setdefault(_saved_name(action), []).append((position, next(later, position)))
         elif action.kind is Kind.LOAD:
             backward = place[Action(Kind.B, action.index, action.micro_batch)]
-            lifetimes.setdefault(name, []).append((position, backward))
+            if plan.unified:
+                lifetimes.setdefault(_saved_name(action), []).append((position, backward))
+                continue
+            lifetimes.setdefault(_loaded_name(action), []).append((position, backward))
+            if not _goes_to_host(action, shape, plan):
+                lifetimes.setdefault(_saved_name(action), []).append((position, position))
+        elif action.kind is Kind.DOWN:
+            summed = place[Action(Kind.REDUCE, action.index, action.micro_batch)]
+            lifetimes.setdefault(f"c{action.index}:grad", []).append((position, summed))
     return lifetimes
 
 
-def _buffers(moved: MovedActions, shape: StepShape) -> dict[str, Buffer]:
+def _goes_to_host(action: Action, shape: StepShape, plan: Plan) -> bool:
+    """Whether the activations that an action moves stay in host memory."""
+    assert action.index is not None
+    return plan.activations_of(shape.units[action.index].unit) is Activations.OFFLOAD_HOST
+
+
+def _buffers(moved: MovedActions, shape: StepShape, plan: Plan) -> dict[str, Buffer]:
+    """The buffers of both tiers, each tier's placed in an arena of its own."""
     items = {
         item.name: item
         for action in moved.actions
@@ -89,33 +136,50 @@ def _buffers(moved: MovedActions, shape: StepShape) -> dict[str, Buffer]:
         if item.name in moved.lifetimes
     }
     sizes = {name: item_bytes(items[name], shape) for name in moved.lifetimes}
-    saved = _activation_lifetimes(moved.actions)
+    lifetimes = moved.lifetimes | _lifetimes(moved.actions, shape, plan)
     for action in moved.actions:
         if action.kind is Kind.SAVE and action.index is not None:
-            sizes[f"a{action.index}.{action.micro_batch}"] = round_up(shape.units[action.index].saved_bytes)
-    lifetimes = moved.lifetimes | saved
-    offsets, _ = place_buffers(sizes, lifetimes)
-    return {name: Buffer(name, "host", offsets[name], sizes[name]) for name in lifetimes}
+            sizes[_saved_name(action)] = round_up(shape.units[action.index].saved_bytes)
+            if _loaded_name(action) in lifetimes:
+                sizes[_loaded_name(action)] = sizes[_saved_name(action)]
+        elif action.kind is Kind.DOWN and action.index is not None:
+            sizes[f"c{action.index}:grad"] = round_up(shape.chunks[action.index].num_bytes)
+    buffers: dict[str, Buffer] = {}
+    for tier in ("host", "device"):
+        names = [name for name in lifetimes if name.endswith(f":{DEVICE_COPY}") == (tier == "device")]
+        offsets, _ = place_buffers({name: sizes[name] for name in names}, lifetimes)
+        buffers |= {name: Buffer(name, tier, offsets[name], sizes[name]) for name in names}
+    return buffers
 
 
 def _sharing(buffers: dict[str, Buffer]) -> dict[str, list[str]]:
     """Buffer -> those that have bytes in common with it, itself included."""
     spans = {name: [(b.start_bytes, b.start_bytes + b.num_bytes - 1)] for name, b in buffers.items()}
-    return {name: [other for other in spans if meet(spans[name], spans[other])] for name in spans}
+    return {
+        name: [o for o, other in buffers.items() if other.tier == buffer.tier and meet(spans[name], spans[o])]
+        for name, buffer in buffers.items()
+    }
 
 
 def _buffers_used(action: Action, shape: StepShape, plan: Plan, buffers: dict[str, Buffer]) -> list[str]:
     c = action.index
     if action.kind in (Kind.READ, Kind.WRITE, Kind.DROP) and action.slot is not None:
         return [f"c{c}:{action.slot}"]
-    if action.kind in (Kind.SAVE, Kind.LOAD):
-        return [f"a{c}.{action.micro_batch}"]
     if action.kind.is_compute:
         assert c is not None
-        names = [f"c{chunk}:param" for chunk in needed_chunks(shape, c) if not gathers(chunk, plan)]
-        names += [f"a{c}.{action.micro_batch}"] if action.kind is Kind.B else []
-    elif action.kind in (Kind.GATHER, Kind.UP, Kind.STEP):
+        param = "param" if plan.unified else DEVICE_COPY
+        names = [f"c{chunk}:{param}" for chunk in needed_chunks(shape, c) if not gathers(chunk, plan)]
+        names += [_saved_name(action), _loaded_name(action)] if action.kind is Kind.B else []
+    elif action.kind in (Kind.SAVE, Kind.LOAD):
+        names = [_saved_name(action), _loaded_name(action)]
+    elif action.kind is Kind.GATHER:
+        names = [f"c{c}:{'param' if plan.unified else DEVICE_COPY}"]
+    elif action.kind is Kind.UP:
+        names = [f"c{c}:param", f"c{c}:{DEVICE_COPY}"]
+    elif action.kind is Kind.STEP:
         names = [f"c{c}:param", f"c{c}:optim"]
+    elif action.kind in (Kind.DOWN, Kind.REDUCE):
+        names = [f"c{c}:grad"]
     else:
         return []
     return [name for name in names if name in buffers]
@@ -128,19 +192,34 @@ def _num_bytes(action: Action, shape: StepShape) -> int:
         return item_bytes(Item(action.index, action.slot), shape)
     if action.kind in (Kind.SAVE, Kind.LOAD):
         return round_up(shape.units[action.index].saved_bytes)
-    return shape.chunks[action.index].num_bytes if action.kind in (Kind.GATHER, Kind.REDUCE, Kind.UP) else 0
+    if action.kind is Kind.UP:
+        return shape.chunks[action.index].param_bytes
+    return shape.chunks[action.index].num_bytes if action.kind in (Kind.GATHER, Kind.REDUCE, Kind.DOWN) else 0
 
 
-def _lane(action: Action, plan: Plan) -> Lane:
+def _lane(action: Action, shape: StepShape, plan: Plan) -> Lane:
+    c = action.index
     match action.kind:
-        case Kind.READ | Kind.LOAD:
+        case Kind.UP:
+            return Lane.H2D
+        case Kind.DOWN:
+            return Lane.D2H
+        case Kind.READ:
             return Lane.READ
-        case Kind.WRITE | Kind.SAVE:
+        case Kind.WRITE:
             return Lane.WRITE
-        case Kind.GATHER | Kind.REDUCE | Kind.NORM:
-            return Lane.NET if plan.world_size > 1 else Lane.COMPUTE
-        case Kind.DROP if action.slot == "param" and action.index is not None and gathers(action.index, plan):
-            return Lane.NET  # behind the gather that used it, so that computing does not wait for that
+        case Kind.SAVE:
+            return Lane.D2H if _goes_to_host(action, shape, plan) else Lane.WRITE
+        case Kind.LOAD:
+            return Lane.H2D if _goes_to_host(action, shape, plan) else Lane.READ
+        case Kind.GATHER | Kind.REDUCE | Kind.NORM if plan.world_size > 1:
+            return Lane.NET
+        case Kind.REDUCE if c is not None and plan.updates_on_host(c):
+            return Lane.D2H  # behind the gradients that it adds, so that computing does not wait for them
+        case Kind.DROP if action.slot == "param" and not plan.unified:
+            return Lane.H2D  # behind the copy that used it, likewise
+        case Kind.DROP if action.slot in ("param", DEVICE_COPY) and c is not None and gathers(c, plan):
+            return Lane.NET  # behind the gather
         case _:
             return Lane.COMPUTE
 
@@ -149,7 +228,12 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
     c, m = action.index, action.micro_batch
     match action.kind:
         case Kind.GATHER:
-            return [f"param {c}"], [f"full {c}"]
+            assert c is not None
+            return [f"{'copy' if plan.brings_up(c) else 'param'} {c}"], [f"full {c}"]
+        case Kind.UP:
+            return [f"param {c}"], _slot_resources(Action(Kind.DROP, c, None, DEVICE_COPY), plan)
+        case Kind.DOWN:
+            return [], [f"grad {c}", f"down {c}"]
         case Kind.DROP if action.slot is None:
             return [], [f"full {c}"]
         case Kind.READ:
@@ -171,7 +255,8 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
         case Kind.LOAD:
             return [f"away {c}.{m}"], [f"act {c}.{m}"]
         case Kind.REDUCE:
-            return [], [f"grad {c}", f"sum {c}", f"squares {c}"]
+            assert c is not None
+            return [], [f"{'down' if plan.updates_on_host(c) else 'grad'} {c}", f"sum {c}", f"squares {c}"]
         case Kind.NORM:
             return _norm_resources(shape, plan)
         case Kind.STEP:
@@ -183,12 +268,14 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
 
 
 def _slot_resources(action: Action, plan: Plan) -> list[str]:
-    """What a chunk's slot in host memory is called. Where nothing is gathered, the shard is the full chunk."""
+    """What a chunk's slot in memory is called. Where nothing is gathered, the shard is the full chunk."""
     c = action.index
     assert c is not None
     if action.slot == "optim":
         return [f"optim {c}"]
-    return [f"param {c}"] if gathers(c, plan) else [f"param {c}", f"full {c}"]
+    if action.slot == DEVICE_COPY:
+        return [f"copy {c}"] if gathers(c, plan) else [f"copy {c}", f"full {c}"]
+    return [f"param {c}"] if gathers(c, plan) or plan.brings_up(c) else [f"param {c}", f"full {c}"]
 
 
 def _norm_resources(shape: StepShape, plan: Plan) -> tuple[list[str], list[str]]:

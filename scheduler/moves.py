@@ -1,6 +1,7 @@
-"""The pass that places the moves between disk and host: READ before uses, DROP or WRITE after them.
+"""The passes that place the moves between two tiers: UP or READ before uses, DROP or WRITE after them.
 
-Owns what is in host memory when, of the slots whose home is the disk. Does not own where in memory it lies
+Owns what is in a tier's memory when, of the slots whose home is a farther one: `add_uploads` brings parameters from the
+host to the device, `add_moves` slots from the disk to the host. Does not own where in memory it lies
 (`memory/arena.py`), nor lanes and dependencies (`scheduler/link.py`).
 
 The order of uses is known, so this is offline paging with prefetch: before each use, what it and the next `prefetch`
@@ -8,11 +9,13 @@ uses need is read; what is not needed soon and does not fit beside it is dropped
 ALGORITHMS 2.6), and already after its last use: whatever comes into its place can then be read from there on. Actions
 in a row that need the same are one use: the micro-batches of a unit that take turns, a forward and its backward at the
 turn. What an update changed is written at once, and its buffer stays taken for `prefetch` more uses, so that nothing
-has to wait for the write. More host memory (`Plan.cache_bytes`) means more chunks that stay from use to use.
+has to wait for the write. More memory (`Plan.cache_bytes`, `Plan.device_cache_bytes`) means more chunks that stay from
+use to use. Between host and device the uses are those that compute or gather; a chunk is updated at its home, after
+its last use in a step, so that copies on the device are never written back. An UP is a use of what lies on disk.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..memory.arena import Lifetime
@@ -20,14 +23,29 @@ from ..parallel.actions import Action, Kind
 from .plan import Home, Plan
 from .program import StepShape
 
-__all__ = ["Item", "MovedActions", "add_moves", "gathers", "needed_chunks", "num_moved_bytes", "optimum_moved_bytes"]
+__all__ = [
+    "DEVICE_COPY",
+    "Item",
+    "MovedActions",
+    "add_moves",
+    "add_uploads",
+    "copies_of",
+    "gathers",
+    "items_of",
+    "needed_chunks",
+    "num_moved_bytes",
+    "optimum_moved_bytes",
+]
+
+DEVICE_COPY = "device"
+"""In place of a slot's name: the copy on the device of a chunk's parameters."""
 
 _NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Item:
-    """A slot of a chunk that may be in host memory or not. `name` is the name of its buffer."""
+    """A slot of a chunk that may be in a tier's memory or not. `name` is the name of its buffer."""
 
     chunk: int
     slot: str
@@ -68,13 +86,24 @@ def items_of(action: Action, shape: StepShape, plan: Plan) -> tuple[Item, ...]:
     if action.kind.is_compute and plan.unified:
         assert c is not None
         chunks = tuple(chunk for chunk in needed_chunks(shape, c) if not gathers(chunk, plan))
-    elif action.kind is Kind.GATHER or (action.kind is Kind.UP and plan.world_size == 1):
+    elif action.kind is (Kind.GATHER if plan.unified else Kind.UP):
         assert c is not None
         chunks = (c,)
     elif action.kind is Kind.STEP:
         assert c is not None
         chunks, slots = (c,), ["param", "optim"]
     return tuple(Item(chunk, slot) for chunk in chunks for slot in slots if _on_disk(chunk, slot, shape, plan))
+
+
+def copies_of(action: Action, shape: StepShape, plan: Plan) -> tuple[Item, ...]:
+    """What must be on the device for `action`, of that whose home is not the device."""
+    assert action.index is not None or not action.kind.is_compute
+    chunks: tuple[int, ...] = ()
+    if action.kind.is_compute and action.index is not None:
+        chunks = tuple(chunk for chunk in needed_chunks(shape, action.index) if not gathers(chunk, plan))
+    elif action.kind is Kind.GATHER and action.index is not None:
+        chunks = (action.index,)
+    return tuple(Item(chunk, DEVICE_COPY) for chunk in chunks if plan.brings_up(chunk))
 
 
 def _on_disk(chunk: int, slot: str, shape: StepShape, plan: Plan) -> bool:
@@ -107,6 +136,7 @@ class _Paging:
     result: list[Action] = field(default_factory=list)
     spans: list[tuple[Item, int, int]] = field(default_factory=list)  # first and last position of a buffer in use
     drops: dict[int, list[Item]] = field(default_factory=dict)  # position -> what is dropped after it
+    kept: list[int] = field(default_factory=list)  # where the actions that were there before lie
     live: dict[Item, int] = field(default_factory=dict)  # where it was read
     last_used: dict[Item, int] = field(default_factory=dict)
     draining: dict[Item, tuple[int, int]] = field(default_factory=dict)  # (where read, use after which it is free)
@@ -134,7 +164,8 @@ class _Paging:
 
     def read(self, item: Item) -> None:
         self.live[item] = len(self.result)
-        self.result.append(Action(Kind.READ, item.chunk, None, item.slot))
+        up = item.slot == DEVICE_COPY
+        self.result.append(Action(Kind.UP if up else Kind.READ, item.chunk, None, "param" if up else item.slot))
 
     def write(self, item: Item, free_after: int) -> None:
         self.draining[item] = self.live.pop(item), free_after
@@ -145,8 +176,12 @@ class _Paging:
         taken, _ = self.draining.pop(item)
         self.spans.append((item, taken, len(self.result) - 1))
 
-    def finished(self) -> MovedActions:
-        """The list with its drops in their places."""
+    def finished(self, lifetimes_before: Mapping[str, Sequence[Lifetime]]) -> MovedActions:
+        """The list with its drops in their places.
+
+        Args:
+            lifetimes_before: of buffers that the actions had already; they go to where those actions lie now.
+        """
         for item in list(self.live):
             self.drop(item)
         for item in list(self.draining):
@@ -154,25 +189,54 @@ class _Paging:
         actions: list[Action] = []
         place: list[int] = []
         lifetimes: dict[str, list[Lifetime]] = {}
-        taken: dict[Item, int] = {}  # by the last READ before
+        taken: dict[Item, int] = {}  # by the last READ or UP before
         for position, action in enumerate(self.result):
             place.append(len(actions))
-            if action.kind is Kind.READ:
+            if action.kind in (Kind.READ, Kind.UP):
                 assert action.index is not None
                 assert action.slot is not None
-                taken[Item(action.index, action.slot)] = len(actions)
+                slot = DEVICE_COPY if action.kind is Kind.UP else action.slot
+                taken[Item(action.index, slot)] = len(actions)
             actions.append(action)
             for item in self.drops.get(position, ()):
                 lifetimes.setdefault(item.name, []).append((taken[item], len(actions)))
                 actions.append(Action(Kind.DROP, item.chunk, None, item.slot))
         for item, first, last in self.spans:
             lifetimes.setdefault(item.name, []).append((place[first], max(place[first], place[last])))
+        for name, spans in lifetimes_before.items():
+            lifetimes[name] = [(place[self.kept[first]], place[self.kept[last]]) for first, last in spans]
         return MovedActions(actions, {name: sorted(spans) for name, spans in lifetimes.items()})
 
 
-def add_moves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> MovedActions:
-    """Place READ, WRITE and DROP of the slots whose home is the disk. See the module's words."""
-    needs = [items_of(action, shape, plan) for action in actions]
+Needs = Callable[[Action, StepShape, Plan], tuple[Item, ...]]
+
+
+def add_uploads(actions: Sequence[Action], shape: StepShape, plan: Plan) -> MovedActions:
+    """Place UP and DROP of the parameters that are not at home on the device. See the module's words."""
+    return _page(actions, shape, plan, copies_of, plan.device_cache_bytes, {})
+
+
+def add_moves(
+    actions: Sequence[Action], shape: StepShape, plan: Plan, lifetimes: Mapping[str, Sequence[Lifetime]] | None = None
+) -> MovedActions:
+    """Place READ, WRITE and DROP of the slots whose home is the disk. See the module's words.
+
+    Args:
+        lifetimes: of buffers that are in use already, by positions in `actions`.
+    """
+    return _page(actions, shape, plan, items_of, plan.cache_bytes, lifetimes or {})
+
+
+def _page(
+    actions: Sequence[Action],
+    shape: StepShape,
+    plan: Plan,
+    needs_of: Needs,
+    cache_bytes: int,
+    lifetimes: Mapping[str, Sequence[Lifetime]],
+) -> MovedActions:
+    """Bring what `needs_of` says in time, in at least `cache_bytes` of the nearer tier."""
+    needs = [needs_of(action, shape, plan) for action in actions]
     uses: list[_Use] = []
     number_of: list[int] = []  # of the use that an action belongs to, or that comes before it
     for action, items in zip(actions, needs, strict=True):
@@ -182,18 +246,19 @@ def add_moves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> MovedA
         elif items:
             uses.append(_Use(items, is_update))
         number_of.append(len(uses) - 1)
-    paging = _Paging(shape, max(_least_bytes(uses, shape, plan), plan.cache_bytes), uses)
+    paging = _Paging(shape, max(_least_bytes(uses, shape, plan), cache_bytes), uses)
     begun = -1
     for action, items, number in zip(actions, needs, number_of, strict=True):
         if items and number > begun:
             _make_room(paging, number, plan.prefetch)
             begun = number
         paging.last_used.update(dict.fromkeys(items, len(paging.result)))
+        paging.kept.append(len(paging.result))
         paging.result.append(action)
         if action.kind is Kind.STEP:
             for item in items:
                 paging.write(item, number + plan.prefetch)
-    return paging.finished()
+    return paging.finished(lifetimes)
 
 
 def _make_room(paging: _Paging, number: int, distance: int) -> None:
@@ -244,10 +309,12 @@ def num_moved_bytes(actions: Sequence[Action], shape: StepShape) -> dict[Kind, i
     return moved
 
 
-def optimum_moved_bytes(actions: Sequence[Action], shape: StepShape, plan: Plan, capacity_bytes: int) -> int:
-    """The fewest bytes that a step can read with `capacity_bytes` of host memory, without any prefetch: by search over
-    what to drop, for small cases (exponential)."""
-    needs = [items_of(action, shape, plan) for action in actions]
+def optimum_moved_bytes(
+    actions: Sequence[Action], shape: StepShape, plan: Plan, capacity_bytes: int, needs_of: Needs = items_of
+) -> int:
+    """The fewest bytes that a step can bring into `capacity_bytes` of the nearer tier, without any prefetch: by search
+    over what to drop, for small cases (exponential)."""
+    needs = [needs_of(action, shape, plan) for action in actions]
     uses = [(items, action.kind is Kind.STEP) for action, items in zip(actions, needs, strict=True) if items]
     states: dict[frozenset[Item], int] = {frozenset(): 0}
     for items, is_update in uses:

@@ -8,8 +8,10 @@ what keeps them from hanging (ALGORITHMS 1.6).
     add_gathers             GATHER before uses, DROP after them
     add_reduces             REDUCE when a chunk's gradients of a micro-batch are complete
     add_updates             NORM, STEP
-    prefetch                GATHER and UP earlier, `distance` units ahead of the use
+    prefetch                GATHER earlier, `distance` units ahead of the use
+    add_downs               DOWN of gradients that are summed on the host
     add_saves               SAVE and LOAD of activations
+    add_uploads             UP and DROP of parameters that are not at home on the device (`scheduler/moves.py`)
     add_moves               READ, WRITE and DROP of what lies on disk (`scheduler/moves.py`)
     carry                   the last writes run into the next step
     link                    buffers, lanes and dependencies (`scheduler/link.py`)
@@ -20,11 +22,12 @@ from collections.abc import Sequence
 from ..memory.arena import Lifetime
 from ..parallel.actions import Action, Kind
 from .link import link
-from .moves import MovedActions, add_moves, needed_chunks
-from .plan import Activations, GatheredFor, MicroBatchOrder, Plan, UpdateTime
+from .moves import MovedActions, add_moves, add_uploads, needed_chunks
+from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 
 __all__ = [
+    "add_downs",
     "add_gathers",
     "add_reduces",
     "add_saves",
@@ -41,11 +44,12 @@ def compile_program(shape: StepShape, plan: Plan) -> Program:
     actions = order_micro_batches(shape, plan.micro_batches, plan.order)
     if plan.world_size > 1:
         actions = prefetch(add_gathers(actions, shape, plan), plan.prefetch)
-    if plan.world_size > 1 or plan.precision != "float32":
-        actions = add_reduces(actions, shape)
+    if plan.sums_gradients:
+        actions = add_downs(add_reduces(actions, shape), plan)
     actions = add_updates(actions, shape, plan.update)
     actions = add_saves(actions, shape, plan)
-    moved = add_moves(actions, shape, plan)
+    moved = add_uploads(actions, shape, plan)
+    moved = add_moves(moved.actions, shape, plan, moved.lifetimes)
     moved, num_carried = carry(moved)
     return link(moved, shape, plan, num_carried)
 
@@ -135,6 +139,17 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     return result
 
 
+def add_downs(actions: Sequence[Action], plan: Plan) -> list[Action]:
+    """Bring a micro-batch's gradients of a chunk down before they are summed, where the chunk is updated on the host:
+    on the device they are alive for a short time only."""
+    result: list[Action] = []
+    for action in actions:
+        if action.kind is Kind.REDUCE and action.index is not None and plan.updates_on_host(action.index):
+            result.append(Action(Kind.DOWN, action.index, action.micro_batch, "grad"))
+        result.append(action)
+    return result
+
+
 def add_updates(actions: Sequence[Action], shape: StepShape, update: UpdateTime = UpdateTime.AFTER) -> list[Action]:
     """The global norm and every trainable chunk's update: all of them after the norm, or each as soon as the last
     micro-batch has made the chunk's gradients complete (the norm then tells what it was)."""
@@ -183,7 +198,7 @@ def prefetch(actions: Sequence[Action], distance: int) -> list[Action]:
 
 
 def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[Action]:
-    """SAVE the activations of units whose plan says `offload:disk` after their forward, LOAD them before the backward.
+    """SAVE the activations of units whose plan moves them after their forward, LOAD them before the backward.
 
     They are loaded `prefetch` compute actions ahead. Those whose backward follows at once stay where they are.
     """
@@ -194,7 +209,7 @@ def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[A
     for action in compute:
         assert action.index is not None
         use = shape.units[action.index]
-        if action.kind is not Kind.F or plan.activations_of(use.unit) is not Activations.OFFLOAD_DISK:
+        if action.kind is not Kind.F or not plan.moves_activations(use.unit):
             continue
         backward = place.get(Action(Kind.B, action.index, action.micro_batch))
         if not use.saved_bytes or backward is None or backward <= place[action] + 1:

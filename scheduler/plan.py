@@ -24,8 +24,10 @@ class GatheredFor(StrEnum):
 
 
 class Home(StrEnum):
-    """The tier on which a slot of a chunk lies between its uses."""
+    """The tier on which a slot of a chunk lies between its uses. Where device and host are the same bytes, it is
+    called `host`."""
 
+    DEVICE = "device"
     HOST = "host"
     DISK = "disk"
 
@@ -66,10 +68,12 @@ class ChunkPlan:
         gradients_sharded: whether a rank keeps the summed gradients of its shard alone (ZeRO-2, 3) or of all (0, 1).
         optimizer_sharded: whether a rank updates its shard alone (ZeRO-1, 2, 3) or everything (0).
         parameter_home: where the rank's part of the parameters lies between uses.
-        optimizer_home: where its optimizer slots and masters lie between updates.
+        optimizer_home: where its optimizer slots and masters lie between updates. The update runs on the device where
+            they are at home there, else on the host.
 
     Raises:
-        ValueError: parameters or gradients sharded where the optimizer is not (outside ALGORITHMS 1.10's useful cone).
+        ValueError: parameters or gradients sharded where the optimizer is not (outside ALGORITHMS 1.10's useful cone);
+            parameters on the device and optimizer slots elsewhere, or the other way round.
     """
 
     gathered_for: GatheredFor = GatheredFor.STEP
@@ -85,6 +89,11 @@ class ChunkPlan:
             raise ValueError("a chunk's parameters are sharded but its gradients are not: shard both, or neither")
         if self.parameter_home is Home.DISK and self.optimizer_sharded and not self.parameters_sharded:
             raise ValueError("a chunk whose gathered copy is never dropped cannot have its parameters at home on disk")
+        if (self.parameter_home is Home.DEVICE) != (self.optimizer_home is Home.DEVICE):
+            raise ValueError(
+                f"a chunk's parameters are at home on the {self.parameter_home} and its optimizer slots on the "
+                f"{self.optimizer_home}: what an update reads and writes lies on the device together, or not at all"
+            )
 
     @property
     def parameters_sharded(self) -> bool:
@@ -109,9 +118,11 @@ class Plan:
         unified: whether device and host are the same bytes, so that moving between them is free.
         cache_bytes: host memory for parameters whose home is the disk; those used soonest stay in it. At least what
             one unit and the next need is always given.
+        device_cache_bytes: likewise device memory for copies of parameters whose home is not the device.
 
     Raises:
-        ValueError: updates inside the backward pass where they wait for the global gradient norm.
+        ValueError: updates inside the backward pass where they wait for the global gradient norm; a home on the device
+            where device and host are the same bytes.
     """
 
     world_size: int
@@ -126,6 +137,7 @@ class Plan:
     update: UpdateTime = UpdateTime.AFTER
     unified: bool = True
     cache_bytes: int = 0
+    device_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.clips_gradients and self.update is UpdateTime.BACKWARD:
@@ -133,12 +145,36 @@ class Plan:
                 "update='backward' cannot be with clip_grad_norm: no chunk can be updated before the norm of all "
                 "gradients is known; use update='after', or train without clipping"
             )
+        if self.unified and any(Home.DEVICE in (chunk.parameter_home, chunk.optimizer_home) for chunk in self.chunks):
+            raise ValueError(
+                "a chunk is at home on the device, and the plan is for a machine whose device and host are the same "
+                "bytes: that home is called 'host' there"
+            )
 
     @property
     def uses_disk(self) -> bool:
         """Whether anything of this plan lies on the disk tier."""
         on_disk = any(Home.DISK in (chunk.parameter_home, chunk.optimizer_home) for chunk in self.chunks)
         return on_disk or Activations.OFFLOAD_DISK in self.activations
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether a micro-batch's gradients are added to float32 sums that lie elsewhere, instead of where autograd
+        makes them."""
+        return self.world_size > 1 or self.precision != "float32" or not self.unified
+
+    def brings_up(self, chunk: int) -> bool:
+        """Whether a chunk's parameters are on the device as a copy that comes and goes; their home is farther away."""
+        return not self.unified and self.chunks[chunk].parameter_home is not Home.DEVICE
+
+    def updates_on_host(self, chunk: int) -> bool:
+        """Whether a chunk is updated in another memory than the one its gradients are made in."""
+        return not self.unified and self.chunks[chunk].optimizer_home is not Home.DEVICE
+
+    def moves_activations(self, unit: int) -> bool:
+        """Whether what a unit saves leaves the memory that it computes in, until its backward."""
+        word = self.activations_of(unit)
+        return word is Activations.OFFLOAD_DISK or (word is Activations.OFFLOAD_HOST and not self.unified)
 
     def activations_of(self, unit: int) -> Activations:
         """The decision for a unit, by its place among the units."""

@@ -1,12 +1,13 @@
 """Shapes of steps and plans for them: by hand in few words, and random ones from a seed."""
 
 import random
+from dataclasses import replace
 
 from outgrow.parallel.actions import Action
-from outgrow.scheduler.plan import ChunkPlan, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime
+from outgrow.scheduler.plan import Activations, ChunkPlan, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import ChunkUse, StepShape, UnitUse, actions_from
 
-__all__ = ["PAGE", "chain", "plan_of", "random_plan", "random_shape", "read", "text"]
+__all__ = ["PAGE", "chain", "plan_of", "random_plan", "random_shape", "read", "separate", "text", "with_saved"]
 
 PAGE = 4096
 HOMES = {"all": (Home.DISK, Home.DISK), "optimizer": (Home.HOST, Home.DISK), "parameters": (Home.DISK, Home.HOST)}
@@ -82,6 +83,28 @@ def random_shape(rng: random.Random) -> StepShape:
         size = PAGE * rng.randint(1, 4)
         chunks.append(ChunkUse(size, c not in frozen, size, 0 if c in frozen else size * rng.randint(0, 2)))
     return StepShape(uses, tuple(chunks), held)
+
+
+def with_saved(shape: StepShape, rng: random.Random) -> StepShape:
+    """The shape with activations of several sizes that may move."""
+    units = tuple(replace(unit, saved_bytes=PAGE * rng.randint(0, 3)) for unit in shape.units)
+    return replace(shape, units=units)
+
+
+def separate(rng: random.Random, shape: StepShape, plan: Plan) -> Plan:
+    """The plan on a device with memory of its own: some chunks at home on it, some activations moved."""
+
+    def decision(chunk: ChunkPlan) -> ChunkPlan:
+        stays = rng.random() < 0.25
+        return replace(chunk, parameter_home=Home.DEVICE, optimizer_home=Home.DEVICE) if stays else chunk
+
+    return replace(
+        plan,
+        chunks=tuple(decision(chunk) for chunk in plan.chunks),
+        activations=tuple(rng.choice(list(Activations)) for _ in shape.units),
+        unified=False,
+        device_cache_bytes=rng.choice((0, 0, 4 * PAGE, 8 * PAGE, 1 << 30)),
+    )
 
 
 def random_plan(rng: random.Random, shape: StepShape) -> Plan:

@@ -54,7 +54,9 @@ PLANS = st.builds(
     update=st.sampled_from(UpdateTime),
     unified=st.booleans(),
     cache_bytes=st.integers(0, 1 << 50),
+    device_cache_bytes=st.integers(0, 1 << 50),
 )
+ON_DEVICE = ChunkPlan(parameter_home=Home.DEVICE, optimizer_home=Home.DEVICE)
 LAYOUTS = [layout_chunk(i, f"u{i}", [(f"p{i}", torch.empty(3))], torch.float32, True) for i in range(3)]
 
 
@@ -73,7 +75,7 @@ def test_json_reads_back(plan):
 
 def test_plans_from_before_there_was_a_disk_read_as_what_they_were():
     fields = json.loads(plan_for_zero(LAYOUTS, 3, 2).to_json())
-    for name in ("activations", "order", "update", "unified", "cache_bytes"):
+    for name in ("activations", "order", "update", "unified", "cache_bytes", "device_cache_bytes"):
         del fields[name]
     for chunk in fields["chunks"]:
         del chunk["parameter_home"], chunk["optimizer_home"]
@@ -87,6 +89,25 @@ def test_what_uses_the_disk():
         assert replace(plan, chunks=(ChunkPlan(), chunk, ChunkPlan())).uses_disk
     assert replace(plan, activations=(Activations.KEEP, Activations.OFFLOAD_DISK)).uses_disk
     assert not replace(plan, activations=(Activations.RECOMPUTE, Activations.OFFLOAD_HOST)).uses_disk
+
+
+def test_what_is_at_home_on_a_device_with_memory_of_its_own():
+    plan = replace(plan_for_zero(LAYOUTS, 0, 1), unified=False, chunks=(ON_DEVICE, ChunkPlan(), ChunkPlan()))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert [plan.brings_up(chunk) for chunk in range(3)] == [False, True, True]
+    assert [plan.updates_on_host(chunk) for chunk in range(3)] == [False, True, True]
+    assert plan.sums_gradients
+    assert not plan.uses_disk
+    unified = plan_for_zero(LAYOUTS, 0, 1)
+    assert not any(unified.brings_up(chunk) or unified.updates_on_host(chunk) for chunk in range(3))
+    with pytest.raises(ValueError, match="that home is called 'host' there"):
+        replace(plan, unified=True)
+
+
+def test_activations_move_where_they_leave_the_memory_that_is_computed_in():
+    plan = replace(plan_for_zero(LAYOUTS, 0, 1), activations=tuple(Activations))
+    assert [plan.moves_activations(unit) for unit in range(4)] == [False, False, False, True]
+    assert [replace(plan, unified=False).moves_activations(unit) for unit in range(4)] == [False, False, True, True]
 
 
 def test_activations_are_kept_where_nothing_is_said():
@@ -133,6 +154,8 @@ def test_other_stages_are_refused(zero):
             {"optimizer_sharded": True, "parameter_home": Home.DISK},
             "gathered copy is never dropped cannot have its parameters at home on disk",
         ),
+        ({"parameter_home": Home.DEVICE}, "at home on the device and its optimizer slots on the host"),
+        ({"optimizer_home": Home.DEVICE}, "at home on the host and its optimizer slots on the device"),
     ],
 )
 def test_decisions_that_do_not_go_together_are_refused(fields, message):
