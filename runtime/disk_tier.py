@@ -12,6 +12,7 @@ import torch
 
 from ..memory.direct_io import AlignedBuffer, DirectIO, round_up
 from ..memory.disk import DiskStatistics, DiskStore, ExtentSpec
+from ..memory.disk_lanes import Ticket
 from ..memory.errors import LaneTimeout
 from ..scheduler.program import Program
 
@@ -30,6 +31,7 @@ class DiskTier:
         limit_bytes: of both files together, or None.
         io: the system calls, for tests.
         deadline_s: how long any wait for the disk may last.
+        depth: transfers in flight on each lane.
 
     Raises: as `DiskStore`.
     """
@@ -43,8 +45,9 @@ class DiskTier:
         limit_bytes: int | None = None,
         io: DirectIO | None = None,
         deadline_s: float = 60.0,
+        depth: int = 4,
     ) -> None:
-        self._deadline_s = deadline_s
+        self._deadline_s, self._depth = deadline_s, depth
         self._folder, self._run, self._rank, self._io = folder, run, rank, io
         self._limit_bytes = limit_bytes
         self._stores: list[DiskStore] = []
@@ -65,7 +68,14 @@ class DiskTier:
         taken = sum(store.file_bytes for store in self._stores)
         limit = None if self._limit_bytes is None else self._limit_bytes - taken
         store = DiskStore(
-            self._folder, name, self._rank, specs, limit_bytes=limit, io=self._io, deadline_s=self._deadline_s
+            self._folder,
+            name,
+            self._rank,
+            specs,
+            limit_bytes=limit,
+            depth=self._depth,
+            io=self._io,
+            deadline_s=self._deadline_s,
         )
         self._stores.append(store)
         self._store_of |= dict.fromkeys(extents, store)
@@ -87,15 +97,13 @@ class DiskTier:
         """The buffer that `name` is read into: uint8, flat, page-aligned."""
         return self._buffers[name]
 
-    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Fill `into` (None: the buffer of that name) with what was written last, and return it. Waits."""
-        target = self.buffer(name) if into is None else into
-        self._store_of[name].read(name, target).wait()
-        return target
+    def read(self, name: str, into: torch.Tensor | None = None) -> Ticket:
+        """Begin to fill `into` (None: the buffer of that name) with what was written last."""
+        return self._store_of[name].read(name, self.buffer(name) if into is None else into)
 
-    def write(self, name: str, source: torch.Tensor | None = None) -> None:
-        """Write `source` (None: the buffer of that name). Waits."""
-        self._store_of[name].write(name, self.buffer(name) if source is None else source).wait()
+    def write(self, name: str, source: torch.Tensor | None = None) -> Ticket:
+        """Begin to write `source` (None: the buffer of that name)."""
+        return self._store_of[name].write(name, self.buffer(name) if source is None else source)
 
     def is_written(self, name: str) -> bool:
         """Whether anything was ever written under that name."""

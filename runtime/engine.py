@@ -153,7 +153,7 @@ class Engine(PreparedEngine):
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
-        self._forget()  # what is in the tier's buffers goes with them
+        self._forget(is_over=True)  # what is in the tier's buffers goes with them
         try:
             if self._tier is not None:
                 self._tier.close()
@@ -243,9 +243,12 @@ class Engine(PreparedEngine):
             error.add_note(f"rank {self.rank}, step {self._step}{place}")
         self._step -= not self._recovery.is_lost  # it will be done again, or something else instead of it
 
-    def _forget(self) -> None:
-        """What a failed step had in memory."""
+    def _forget(self, is_over: bool = False) -> None:
+        """What a failed step had in memory. Before its program began that is nothing from disk: what lies in buffers is
+        the last step's, on its way to the disk."""
         if self._state is not None:
             self._state.forget_gradients()
+            if is_over or self._recovery.has_begun:
+                self._state.forget_buffers()
         if self._moving is not None:
             self._moving.clear()

@@ -11,17 +11,22 @@ the next `advance_to` or `complete_micro_batch` ends it. Every other lane is a t
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Set
 from types import TracebackType
 
 from ..memory.errors import LaneTimeout, OutOfOrder
 from ..memory.timeline import Span, Timeline
 from ..parallel.actions import Action, Kind
-from ..scheduler.program import Lane, Program
+from ..scheduler.program import Instruction, Lane, Program
 
 __all__ = ["Executor", "Handler"]
 
-Handler = Callable[[Action], None]
+Handler = Callable[[Action], Callable[[], None] | None]
+"""Does an action; or begins it, and returns what waits for its end."""
+
+_NUM_BEGUN = 2
+"""Actions that a lane other than `compute` has begun and not ended: while the disk ends one, it has the next."""
 
 
 class Executor:
@@ -269,7 +274,7 @@ class Executor:
             self._mark_done(Lane.COMPUTE, position, None)
         else:
             started = self._clock()
-            self._handlers[action.kind](action)
+            (self._handlers[action.kind](action) or _done)()
             self._mark_done(Lane.COMPUTE, position, started)
 
     def _mark_done(self, lane: Lane, position: int, start_s: float | None) -> None:
@@ -288,10 +293,10 @@ class Executor:
     def _wait_for(self, position: int) -> None:
         program = self._running_program()
         instruction = program.instructions[position]
-        if all(self._done[before] for before in instruction.after):
+        if self._is_ready(instruction):
             return
         with self._changed:
-            self._wait(lambda: all(self._done[before] for before in instruction.after), str(instruction.action))
+            self._wait(lambda: self._is_ready(instruction), str(instruction.action))
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         """Wait under the lock until `ready`, a failure, or a deadline without any progress."""
@@ -342,18 +347,41 @@ class Executor:
                 self._changed.notify_all()
 
     def _run_lane_step(self, lane: Lane, program: Program) -> None:
+        begun: deque[tuple[int, Callable[[], None]]] = deque()
+        since_s = self._start_s
+
+        def end_first() -> None:
+            nonlocal since_s
+            position, end = begun.popleft()
+            end()
+            with self._changed:
+                self._running_program()
+                self._mark_done(lane, position, max(started_s[position], since_s))
+                since_s = self._clock()  # a lane does one thing at a time: what was begun meanwhile counts from here
+
+        started_s: dict[int, float] = {}
         for position in program.by_lane.get(lane, ()):
+            instruction = program.instructions[position]
+            while begun and (len(begun) == _NUM_BEGUN or not self._is_ready(instruction)):
+                end_first()
             with self._changed:
                 if self._program is None:
                     return  # aborted; no other step begins before this lane is out
-                instruction = program.instructions[position]
-                self._wait(lambda i=instruction: all(self._done[before] for before in i.after), str(instruction.action))
-            started = self._clock()
-            self._handlers[instruction.action.kind](instruction.action)
-            with self._changed:
-                if self._program is None:
-                    return
-                self._mark_done(lane, position, started)
+                self._wait(lambda i=instruction: self._is_ready(i), str(instruction.action))
+            started_s[position] = self._clock()
+            begun.append((position, self._handlers[instruction.action.kind](instruction.action) or _done))
+            if begun[-1][1] is _done:
+                while begun:
+                    end_first()
+        while begun:
+            end_first()
         with self._changed:
             self._idle.add(lane)
             self._changed.notify_all()
+
+    def _is_ready(self, instruction: Instruction) -> bool:
+        return all(self._done[before] for before in instruction.after)
+
+
+def _done() -> None:
+    """Of an action that its handler has ended."""

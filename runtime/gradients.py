@@ -7,7 +7,7 @@ import torch
 
 from .chunk_state import ChunkState
 
-__all__ = ["pack_gradients", "refuse_sparse"]
+__all__ = ["add_to_sums", "pack_gradients", "refuse_sparse"]
 
 
 def refuse_sparse(chunk: ChunkState) -> None:
@@ -32,3 +32,21 @@ def pack_gradients(chunk: ChunkState, flat: torch.Tensor, flags: torch.Tensor) -
             parameter.grad = None
         end = item.stop
     flat[end:].zero_()
+
+
+def add_to_sums(chunk: ChunkState, accumulate: bool) -> torch.Tensor:
+    """On a single rank: add a micro-batch's gradients to the chunk's sums, or begin them, and let the gradients go.
+
+    Returns: [fields] uint8, 1 where there was a gradient.
+    """
+    assert chunk.sums is not None
+    used = torch.zeros(len(chunk.parameters), dtype=torch.uint8)
+    for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
+        if parameter.grad is None:
+            continue
+        used[index] = 1
+        target = chunk.layout.view(chunk.sums, item)
+        seen = accumulate and chunk.used is not None and bool(chunk.used[index])
+        target.add_(parameter.grad) if seen else target.copy_(parameter.grad)
+        parameter.grad = None
+    return used

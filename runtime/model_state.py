@@ -6,7 +6,7 @@ Owns the storage of every chunk and what GATHER, DROP, REDUCE, NORM and STEP do 
 The model keeps its own Parameter objects; their `.data` are views into the chunk's gathered copy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -16,15 +16,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..memory.chunk import ChunkLayout
 from ..parallel.actions import Action
-from ..parallel.placement import (
-    CommonParameters,
-    GatheredParameters,
-    WindowParameters,
-)
+from ..parallel.placement import CommonParameters, GatheredParameters, WindowParameters
 from ..scheduler.plan import Plan, UpdateTime
 from .adopting import Adoption, Fill
 from .chunk_state import ChunkState, OptimLayout, OwnedPiece
-from .gradients import pack_gradients, refuse_sparse
+from .gradients import add_to_sums, pack_gradients, refuse_sparse
 from .offload import OffloadedState
 from .optimizer import PiecewiseOptimizer
 
@@ -95,6 +91,11 @@ class ModelState:
                 max(len(chunk.layout.fields) for chunk in trainable),
             )
 
+    def keep_between_steps(self, names: frozenset[str]) -> None:
+        """What is still in its buffer when the next step begins (`Program.kept`)."""
+        if self._offloaded is not None:
+            self._offloaded.kept = names
+
     def begin_step(self) -> None:
         """Forget the last step's sums."""
         self.micro_loss = 0.0
@@ -117,13 +118,13 @@ class ModelState:
         chunk.store.drop()
         self._point_at_full(chunk)
 
-    def read(self, action: Action) -> None:
+    def read(self, action: Action) -> Callable[[], None] | None:
         assert self._offloaded is not None
-        self._offloaded.read(self._chunk(action), action)
+        return self._offloaded.read(self._chunk(action), action)
 
-    def write(self, action: Action) -> None:
+    def write(self, action: Action) -> Callable[[], None]:
         assert self._offloaded is not None
-        self._offloaded.write(self._chunk(action), action)
+        return self._offloaded.write(self._chunk(action), action)
 
     def reduce(self, action: Action) -> None:
         """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
@@ -138,7 +139,7 @@ class ModelState:
             size = chunk.layout.num_elems if whole else chunk.store.stop - chunk.store.start
             chunk.sums = torch.zeros(size, dtype=torch.float32)
         if self._transport is None:
-            used = self._add_locally(chunk, accumulate=not first)
+            used = add_to_sums(chunk, accumulate=not first)
         else:
             chunk.squares, used = self._transport.reduce(
                 lambda flat, flags: pack_gradients(chunk, flat, flags),
@@ -289,15 +290,19 @@ class ModelState:
                     parameter.grad = self._stashed.pop((micro_batch, id(parameter)), None)
 
     def forget_gradients(self) -> None:
-        """After a failed step: no gradient is left over for the next, and nothing from disk is in memory."""
+        """After a failed step: no gradient is left over for the next."""
         self._norms = {}
         self._stashed = {}
         for chunk in self.chunks:
-            if self._offloaded is not None:
-                self._offloaded.drop_all(chunk)
             chunk.used = None
             for parameter in chunk.parameters:
                 parameter.grad = None
+
+    def forget_buffers(self) -> None:
+        """Nothing from disk is in memory any more."""
+        for chunk in self.chunks:
+            if self._offloaded is not None:
+                self._offloaded.drop_all(chunk)
 
     @property
     def drops_copies(self) -> bool:
@@ -367,19 +372,6 @@ class ModelState:
             data = self._placeholders[chunk.layout.dtype] if full is None else chunk.layout.view(full, item)
             if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
                 parameter.data = data
-
-    def _add_locally(self, chunk: ChunkState, accumulate: bool) -> torch.Tensor:
-        assert chunk.sums is not None
-        used = torch.zeros(len(chunk.parameters), dtype=torch.uint8)
-        for index, (item, parameter) in enumerate(zip(chunk.layout.fields, chunk.parameters, strict=True)):
-            if parameter.grad is None:
-                continue
-            used[index] = 1
-            target = chunk.layout.view(chunk.sums, item)
-            seen = accumulate and chunk.used is not None and bool(chunk.used[index])
-            target.add_(parameter.grad) if seen else target.copy_(parameter.grad)
-            parameter.grad = None
-        return used
 
     def _local_gradient(self, name: str) -> torch.Tensor | None:
         """On a single rank: the step's whole gradient of a parameter."""

@@ -5,11 +5,12 @@ autograd is given meanwhile (`memory/activations.py`), buffers and files (`runti
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from ..memory.activations import ActivationStore
 from ..memory.budget import format_bytes
+from ..memory.disk_lanes import Ticket
 from ..parallel.actions import Action
 from .disk_tier import DiskTier
 from .model_state import ModelState
@@ -40,11 +41,11 @@ class MovingActivations:
             return None
         return self._store.hooks(run, micro_batch)
 
-    def save(self, action: Action) -> None:
-        """SAVE: what a unit saved is on disk, and nowhere else."""
+    def save(self, action: Action) -> Callable[[], None] | None:
+        """SAVE: what a unit saved is on disk when the result was called, and nowhere else."""
         run, micro_batch = _place(action)
         if not self._store.holds(run, micro_batch):  # there was no sample for this micro-batch
-            return
+            return None
         name = self._moves[run, micro_batch]
         buffer = self._tier.buffer(name)
         needed = self._store.bytes_needed(run, micro_batch)
@@ -56,17 +57,26 @@ class MovingActivations:
                     "memory. Larger samples than in the first step do this: begin with the largest",
                     run, format_bytes(needed), format_bytes(buffer.numel()),
                 )  # fmt: skip
-            return
+            return None
         self._store.save(run, micro_batch, buffer)
-        self._tier.write(name)
+        ticket = self._tier.write(name)
         self._away.add((run, micro_batch))
+        return lambda: _ended(ticket)
 
-    def load(self, action: Action) -> None:
-        """LOAD: it is in its buffer again."""
+    def load(self, action: Action) -> Callable[[], None] | None:
+        """LOAD: it is in its buffer again when the result was called."""
         run, micro_batch = _place(action)
-        if (run, micro_batch) in self._away:
-            self._away.discard((run, micro_batch))
-            self._store.load(run, micro_batch, self._tier.read(self._moves[run, micro_batch]))
+        if (run, micro_batch) not in self._away:
+            return None
+        self._away.discard((run, micro_batch))
+        name = self._moves[run, micro_batch]
+        ticket = self._tier.read(name)
+
+        def end() -> None:
+            ticket.wait()
+            self._store.load(run, micro_batch, self._tier.buffer(name))
+
+        return end
 
     def release(self, run: int, micro_batch: int) -> None:
         if self._store.holds(run, micro_batch):
@@ -82,6 +92,10 @@ class MovingActivations:
         """After a failed step."""
         self._store.clear()
         self._away.clear()
+
+
+def _ended(ticket: Ticket) -> None:
+    ticket.wait()
 
 
 def _place(action: Action) -> tuple[int, int]:

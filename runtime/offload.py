@@ -70,21 +70,46 @@ class OffloadedState:
         self._tier = tier
         self._optimizer = optimizer
         self._point = point
+        self.kept: frozenset[str] = frozenset()
+        """Buffers that keep what was written, for the next step's first READ (`Program.kept`)."""
 
-    def read(self, chunk: ChunkState, action: Action) -> None:
-        """READ: a slot is in its buffer, and everyone finds it there."""
+    def read(self, chunk: ChunkState, action: Action) -> "Callable[[], None] | None":
+        """READ: a slot is in its buffer, and everyone finds it there; at once, or when the result was called. One that
+        was kept is there already."""
         name = f"{chunk.layout.name}:{action.slot}"
-        if action.slot == "param":
-            self._attach_parameters(chunk, self._tier.read(name))
-        else:
-            buffer = self._tier.read(name) if self._tier.is_written(name) else self._tier.buffer(name)
-            self._attach_slots(chunk, buffer)
+        if name in self.kept and self._is_attached(chunk, action):
+            return None
+        buffer = self._tier.buffer(name)
+        attach = self._attach_parameters if action.slot == "param" else self._attach_slots
+        if not self._tier.is_written(name):  # slots that no update has made yet
+            attach(chunk, buffer)
+            return None
+        ticket = self._tier.read(name)
 
-    def write(self, chunk: ChunkState, action: Action) -> None:
-        """WRITE: a slot is on disk, and nobody looks at its buffer any more."""
-        self._tier.write(f"{chunk.layout.name}:{action.slot}")
-        chunk.optim_is_written |= action.slot == "optim"
-        self.drop(chunk, action)
+        def end() -> None:
+            ticket.wait()
+            attach(chunk, buffer)
+
+        return end
+
+    def write(self, chunk: ChunkState, action: Action) -> "Callable[[], None]":
+        """WRITE: a slot is on disk when the result was called, and nobody looks at its buffer any more, unless it is
+        kept."""
+        name = f"{chunk.layout.name}:{action.slot}"
+        ticket = self._tier.write(name)
+
+        def end() -> None:
+            ticket.wait()
+            chunk.optim_is_written |= action.slot == "optim"
+            if name not in self.kept:
+                self.drop(chunk, action)
+
+        return end
+
+    def _is_attached(self, chunk: ChunkState, action: Action) -> bool:
+        if action.slot == "optim":
+            return bool(chunk.slots)
+        return isinstance(chunk.store, OffloadedParameters) and chunk.store.is_attached
 
     def drop(self, chunk: ChunkState, action: Action) -> None:
         """DROP: nobody looks at a slot's buffer any more."""
@@ -117,7 +142,7 @@ class OffloadedState:
             bytes_ = staging.tensor()
             for start, part in parts.items():
                 bytes_[start : start + part.nbytes].copy_(part.contiguous().view(torch.uint8))
-            self._tier.write(name, bytes_)
+            self._tier.write(name, bytes_).wait()
             del bytes_
 
     @contextmanager
@@ -129,11 +154,14 @@ class OffloadedState:
         try:
             if bring_parameters:
                 stagings.append(self._tier.staging(f"{chunk.layout.name}:param"))
-                self._attach_parameters(chunk, self._tier.read(f"{chunk.layout.name}:param", stagings[-1].tensor()))
+                buffer = stagings[-1].tensor()
+                self._tier.read(f"{chunk.layout.name}:param", buffer).wait()
+                self._attach_parameters(chunk, buffer)
             if bring_master:
                 assert chunk.optim is not None
                 stagings.append(self._tier.staging(f"{chunk.layout.name}:optim"))
-                buffer = self._tier.read(f"{chunk.layout.name}:optim", stagings[-1].tensor())
+                buffer = stagings[-1].tensor()
+                self._tier.read(f"{chunk.layout.name}:optim", buffer).wait()
                 chunk.master = chunk.optim.views(buffer)[MASTER]
             yield
         finally:

@@ -220,6 +220,7 @@ class PreparedEngine(ABC):
         self.predicted = planned.ledger
         if self._state is None:
             self._open_state()
+        self.state.keep_between_steps(self._program.kept)
         self._recomputed = recompute_units(self._units, self.plan)
         if self._program.actions(Kind.SAVE):
             self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {})

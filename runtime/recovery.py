@@ -41,6 +41,11 @@ class Recovery:
         """Whether the state belongs to no step."""
         return bool(self._lost)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a program has begun, and neither ended nor been recovered from."""
+        return self._has_begun
+
     def watched(self, update: Handler) -> Handler:
         """The handler of STEP: from its first call on, a step cannot be taken back."""
 
@@ -120,7 +125,9 @@ class Recovery:
         if had_begun:
             for position, action in enumerate(carried):
                 if not executor.is_done(position):
-                    write(action)
+                    end = write(action)
+                    if end is not None:
+                        end()
         forget()
         self._has_failed = self._has_begun = False
         return had_begun

@@ -24,11 +24,16 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     (the shard on the device) and `down c` (a micro-batch's gradients on the host). An action waits for the last writer
     of what it reads, and for the last writer and all readers since of what it writes. An action that fills a buffer
     also waits for all that used a buffer with the same bytes before.
+
+    What is kept from the step before (`MovedActions.kept`) may be used while its carried WRITE runs, which only looks
+    at it; whoever changes it or lets it go waits for that. Its READ moves nothing and waits for nothing.
     """
     buffers = _buffers(moved, shape, plan)
     saves: list[int] = []
     down: int | None = None  # the last DOWN since the last backward, and the last one before that
     down_before: int | None = None
+    still_there = set(moved.kept)  # their READ is yet to come
+    kept_writes: dict[str, int] = {}  # resource -> the carried WRITE that looks at it
     sharing = _sharing(buffers)
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}
@@ -37,17 +42,28 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     for position, action in enumerate(moved.actions):
         reads, writes = _resources(action, shape, plan)
         lane = _lane(action, shape, plan)
-        after = {last_write[name] for name in (*reads, *writes) if name in last_write}
-        for name in writes:
-            after.update(reads_since.get(name, ()))
+        after: set[int] = set()
+        filled = _filled_buffers(action)
+        moves_nothing = action.kind is Kind.READ and filled[0] in still_there
+        if moves_nothing:
+            still_there.discard(filled[0])
+        elif action.kind is Kind.WRITE and position < num_carried and f"c{action.index}:{action.slot}" in moved.kept:
+            kept_writes |= dict.fromkeys(writes[1:], position)
+            writes = writes[:1]
+        if not moves_nothing:
+            after.update(last_write[name] for name in (*reads, *writes) if name in last_write)
+            for name in writes:
+                after.update(reads_since.get(name, ()))
+                if name in kept_writes:
+                    after.add(kept_writes.pop(name))
+            for buffer in filled:
+                for other in sharing.get(buffer, ()):
+                    after.update(users.get(other, {}).values())
         for name in reads:
             reads_since.setdefault(name, []).append(position)
         for name in writes:
             last_write[name] = position
             reads_since[name] = []
-        for filled in _filled_buffers(action):
-            for other in sharing.get(filled, ()):
-                after.update(users.get(other, {}).values())
         if action.kind is Kind.SAVE:
             saves.append(position)
         elif action.kind is Kind.F and len(saves) > 1:
@@ -60,7 +76,8 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         for name in _buffers_used(action, shape, plan, buffers):
             users.setdefault(name, {})[lane] = position
         after.discard(position)
-        instructions.append(Instruction(action, lane, tuple(sorted(after)), _num_bytes(action, shape)))
+        num_bytes = 0 if moves_nothing else _num_bytes(action, shape)
+        instructions.append(Instruction(action, lane, tuple(sorted(after)), num_bytes))
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
 
 

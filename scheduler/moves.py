@@ -62,10 +62,12 @@ class MovedActions:
     Attributes:
         actions: the list.
         lifetimes: buffer -> spans of positions in `actions` in which it is taken.
+        kept: buffers that still hold, from the step before, what their first READ would bring.
     """
 
     actions: list[Action]
     lifetimes: dict[str, list[Lifetime]]
+    kept: frozenset[str] = frozenset()
 
 
 def needed_chunks(shape: StepShape, unit: int) -> tuple[int, ...]:

@@ -230,7 +230,9 @@ def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[A
 def carry(moved: MovedActions) -> tuple[MovedActions, int]:
     """Let the last writes run into the next step: they go to its front.
 
-    Only those whose buffers stay taken to the end go, so that nothing in their own step waits for them.
+    Only those whose buffers stay taken to the end go, so that nothing in their own step waits for them. What the next
+    step reads before it computes anything (an embedding, used first and updated last) stays in its buffer meanwhile:
+    that READ moves nothing (`MovedActions.kept`).
     """
     end = len(moved.actions) - 1
     open_at_end = {name for name, spans in moved.lifetimes.items() if spans[-1][1] == end}
@@ -253,6 +255,14 @@ def carry(moved: MovedActions) -> tuple[MovedActions, int]:
     lifetimes: dict[str, list[Lifetime]] = {
         name: [(place[first], place[last]) for first, last in spans] for name, spans in moved.lifetimes.items()
     }
+    first_compute = next((at for at, action in enumerate(rest) if action.kind.is_compute), len(rest))
+    read_first = {f"c{a.index}:{a.slot}" for a in rest[:first_compute] if a.kind is Kind.READ}
+    kept: set[str] = set()
     for position, action in enumerate(carried):
-        lifetimes[f"c{action.index}:{action.slot}"].insert(0, (0, position))
-    return MovedActions(carried + rest, lifetimes), len(carried)
+        name = f"c{action.index}:{action.slot}"
+        if name in read_first:
+            kept.add(name)
+            lifetimes[name][0] = (0, lifetimes[name][0][1])
+        else:
+            lifetimes[name].insert(0, (0, position))
+    return MovedActions(carried + rest, lifetimes, frozenset(kept)), len(carried)

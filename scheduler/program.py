@@ -93,7 +93,8 @@ class Instruction:
     Attributes:
         lane: where it runs, in the order of the program.
         after: positions in the program of the instructions that must be done before it starts; all smaller.
-        num_bytes: that it moves, where it moves any.
+        num_bytes: that it moves, where it moves any. A READ of 0 bytes finds the slot in its buffer, kept from the
+            step before.
     """
 
     action: Action
@@ -154,15 +155,33 @@ class Program:
         """What a tier's arena needs for all buffers."""
         return max((b.start_bytes + b.num_bytes for b in self.buffers if b.tier == tier), default=0)
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Buffers that still hold what the step before left in them: their READ moves nothing."""
+        reads = (i.action for i in self.instructions if i.action.kind is Kind.READ and not i.num_bytes)
+        return frozenset(f"c{action.index}:{action.slot}" for action in reads)
+
     def without_carried(self) -> "Program":
-        """The program of a first step, which has no step before it."""
+        """The program of a first step, which has no step before it: what is kept from step to step is read."""
         n = self.num_carried
-        rest = (replace(i, after=tuple(before - n for before in i.after if before >= n)) for i in self.instructions[n:])
+        sizes = {buffer.name: buffer.num_bytes for buffer in self.buffers}
+        rest: list[Instruction] = []
+        for i in self.instructions[n:]:
+            name = f"c{i.action.index}:{i.action.slot}"
+            is_kept = i.action.kind is Kind.READ and not i.num_bytes
+            after = tuple(before - n for before in i.after if before >= n)
+            rest.append(replace(i, after=after, num_bytes=sizes[name] if is_kept else i.num_bytes))
         return Program(tuple(rest), self.buffers)
 
     def only_carried(self) -> "Program":
-        """What is left to do after the last step."""
-        return Program(self.instructions[: self.num_carried], self.buffers)
+        """What is left to do after the last step. What was kept for the next one is let go."""
+        carried = self.instructions[: self.num_carried]
+        drops = tuple(
+            Instruction(Action(Kind.DROP, i.action.index, None, i.action.slot), Lane.COMPUTE, (position,))
+            for position, i in enumerate(carried)
+            if f"c{i.action.index}:{i.action.slot}" in self.kept
+        )
+        return Program((*carried, *drops), self.buffers)
 
     def text(self) -> str:
         """One instruction a line: position, lane, action, bytes, what it waits for; then the buffers, a line each.

@@ -74,10 +74,11 @@ def make(
     disk_limit: int | str | None = None,
     **settings: Any,
 ) -> Engine:
-    """An engine with all of its state in `folder`; None: in memory."""
+    """An engine with all of its state in `folder`; None: in memory. One transfer at a time on each lane: requests reach
+    the disk in the order of the program."""
     memory = None if folder is None else Memory(disk=folder, disk_limit=disk_limit)
     settings = {"offload": "none" if folder is None else "all", "run_name": "demo"} | settings
-    tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s)
+    tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s, depth=1)
     with mock.patch.object(opening_module, "DiskTier", tier):  # the tier itself, with other system calls
         return Engine(model(), optimizer=adamw, loss=nn.CrossEntropyLoss(), memory=memory, seed=1, **settings)
 

@@ -117,7 +117,7 @@ def test_a_write_that_was_lost_is_found_though_its_bytes_were_right_once(tmp_pat
                 engine.state_dict()
         else:
             with pytest.raises(ChunkCorrupted, match="it still holds generation 2: a write was lost"):
-                engine._tier.read(name, engine._tier.staging(name).tensor())
+                engine._tier.read(name, engine._tier.staging(name).tensor()).wait()
         change(path, start, now)
     assert train(engine, 4, 4) == expected()[0][3:]
     assert same_weights(engine.state_dict(), expected()[1])

@@ -32,6 +32,7 @@ class Walker:
         self.updates: Counter[int] = Counter()  # of a chunk, in the programs played before
         self.written: Counter[str] = Counter()
         self.num_reads: Counter[str] = Counter()
+        self.will_keep: set[str] = set()  # what stays in memory after its WRITE
         for c, chunk in enumerate(shape.chunks):
             self.full[c] = None
             for slot, home, exists in (
@@ -46,6 +47,8 @@ class Walker:
 
     def play(self, program: Program) -> None:
         """One program from its beginning to its end."""
+        self.moves_nothing = {p for p, i in enumerate(program.instructions) if not i.num_bytes}
+        self.will_keep |= program.kept
         self.buffers = {buffer.name: buffer for buffer in program.buffers}
         for name in self.buffers:
             self.memory.setdefault(name, None)
@@ -105,10 +108,15 @@ class Walker:
     def start(self, position: int) -> None:
         action = self.actions[position]
         c, name = action.index or 0, f"c{action.index}:{action.slot}"
-        if action.kind is Kind.READ:
+        if action.kind is Kind.READ and position in self.moves_nothing:
+            self.find(position, name)
+        elif action.kind is Kind.READ:
             assert self.memory[name] is None, f"{action}: it is there already"
             assert not [p for p in self.running if self.actions[p] == Action(Kind.WRITE, c, None, action.slot)], name
             self.fill(action, name)
+        elif action.kind is Kind.WRITE and name in self.will_keep:
+            assert self.memory[name] is not None, f"{action}: it is not there"
+            assert not [p for p in self.running if self.actions[p] == Action(Kind.STEP, c)], f"{action} of what changes"
         elif action.kind in (Kind.WRITE, Kind.DROP) and action.slot is not None:
             assert self.memory[name] is not None, f"{action}: it is not there"
             users = [str(self.actions[p]) for p in self.running if name in self.slots_of(self.actions[p])]
@@ -175,9 +183,10 @@ class Walker:
         action = self.actions[position]
         c, name = action.index or 0, f"c{action.index}:{action.slot}"
         if action.kind is Kind.READ:
-            self.memory[name] = self.disk[name]
-            self.filling.remove(name)
-            self.num_reads[name] += 1
+            if position not in self.moves_nothing:
+                self.memory[name] = self.disk[name]
+                self.filling.remove(name)
+                self.num_reads[name] += 1
         elif action.kind in (Kind.UP, Kind.DOWN, Kind.SAVE, Kind.LOAD):
             self.end_copy(position, action)
         elif action.kind is Kind.REDUCE and self.plan.updates_on_host(c):
@@ -186,7 +195,9 @@ class Walker:
         elif action.kind is Kind.WRITE:
             version = self.memory[name]
             assert version is not None, f"{action}: overwritten meanwhile"
-            self.disk[name], self.memory[name] = version, None
+            self.disk[name] = version
+            if name not in self.will_keep:
+                self.memory[name] = None
             self.written[name] += 1
         elif action.kind is Kind.GATHER:
             self.full[c] = self.find(position, self.nearest(c))

@@ -122,9 +122,10 @@ class One:
 
     def do(self, *actions: str) -> None:
         for action in map(act, actions):
-            {"READ": self.state.read, "WRITE": self.state.write, "DROP": self.state.drop}[action.kind](
-                self.chunk, action
-            )
+            handlers = {"READ": self.state.read, "WRITE": self.state.write, "DROP": self.state.drop}
+            end = handlers[action.kind](self.chunk, action)
+            if end is not None:
+                end()
 
     def garbage(self) -> None:
         for name in ("c0:param", "c0:optim"):

@@ -88,6 +88,19 @@ def test_what_is_carried_over_is_left_out_of_a_first_step_and_is_all_that_is_lef
     assert first.num_carried == rest.num_carried == 0
 
 
+def test_what_is_kept_is_read_in_a_first_step_and_let_go_after_the_last():
+    program = Program.parse(
+        CARRYING.replace("2 read     READ c1:param       4096 <- 0", "2 read     READ c1:param          0 <- -")
+    )
+    assert program.kept == {"c1:param"}
+    assert Program.parse(program.text()) == program
+    first, rest = program.without_carried(), program.only_carried()
+    assert (str(first.instructions[0].action), first.instructions[0].num_bytes) == ("READ c1:param", 4096)
+    assert first.kept == frozenset()
+    assert rest.actions() == actions_from(["WRITE c1:param", "WRITE c1:optim", "DROP c1:param"])
+    assert rest.instructions[-1].after == (0,)
+
+
 def test_an_arena_reaches_to_the_end_of_the_last_buffer():
     program = Program.parse(CARRYING)
     assert program.arena_bytes("host") == 8192 + 4096
