@@ -56,6 +56,7 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
                 after.update(reads_since.get(name, ()))
                 if name in kept_writes:
                     after.add(kept_writes.pop(name))
+                    lane = Lane.WRITE if action.kind is Kind.DROP else lane  # computing does not wait for the WRITE
             for buffer in filled:
                 for other in sharing.get(buffer, ()):
                     after.update(users.get(other, {}).values())
