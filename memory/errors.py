@@ -2,7 +2,8 @@
 
     OutgrowError(RuntimeError)          anything this project raises on purpose while a run goes on
      +- DoesNotFit(ValueError too)      a plan that needs more bytes than a tier has
-     +- OutOfOrder                      the model called its units in another order than recorded
+     +- InvalidProgram                  a program that cannot run as it stands: a mistake of this project
+ +- OutOfOrder                      the model called its units in another order than recorded
      +- NotFinite                       a loss that is NaN or infinite
      +- LaneTimeout                     a wait that passed its deadline; says what it waits for
      +- StateLost                       a step failed half-way: the weights belong to no step
@@ -20,6 +21,7 @@ __all__ = [
     "DiskFault",
     "DiskFull",
     "DoesNotFit",
+    "InvalidProgram",
     "LaneTimeout",
     "NotFinite",
     "OutOfOrder",
@@ -37,6 +39,11 @@ class OutgrowError(RuntimeError):
 
 class DoesNotFit(OutgrowError, ValueError):
     """A plan needs more bytes on a tier than the budget gives. Raised before step 1."""
+
+
+class InvalidProgram(OutgrowError):
+    """A program would deadlock, overflow or compute something else; names the instruction. Raised before it runs; please
+    report it, with the plan."""
 
 
 class OutOfOrder(OutgrowError):

@@ -45,13 +45,13 @@ def host_figures(
     state: dict[int, int] = {}
     gradients: dict[int, int] = {}
     updates: dict[int, int] = {}
-    copies: list[int] = []  # gathered copies that come and go
+    copies: dict[int, int] = {}  # chunk -> bytes of a gathered copy that comes and goes
     for layout, decision in zip(layouts, plan.chunks, strict=True):
         owned = layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1)
         has_master = original_dtypes[layout.fields[0].name] is not layout.dtype
         state[layout.index] = _parameter_bytes(layout, decision, plan, transport)
         if plan.world_size > 1 and decision.parameters_sharded and not _is_shared(decision, transport):
-            copies.append(layout.num_bytes)
+            copies[layout.index] = layout.num_bytes
         if decision.optimizer_home is Home.HOST:
             state[layout.index] += owned * original_dtypes[layout.fields[0].name].itemsize * has_master
         if not layout.trainable:
@@ -63,12 +63,12 @@ def host_figures(
         gradients[layout.index] = layout.num_elems // sharded * 4 if is_summed else layout.num_bytes
         updates[layout.index] = _update_bytes(layout, decision, optimizer, owned, slots)
     trainable = [layout.num_bytes for layout in layouts if layout.trainable]
-    exchange = sum(sorted(copies)[-(2 + plan.prefetch) :])
+    exchange = 0
     if plan.world_size > 1:
         exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
     reserve = _RESERVE_BYTES + _TURN_BYTES * threads
-    return HostFigures(process, state, gradients, exchange, updates, is_summed, reserve)
+    return HostFigures(process, state, gradients, exchange, updates, is_summed, reserve, copies)
 
 
 def _is_shared(decision: ChunkPlan, transport: str) -> bool:

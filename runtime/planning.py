@@ -24,6 +24,7 @@ from ..scheduler.passes import compile_program
 from ..scheduler.plan import Activations, Home, Plan
 from ..scheduler.program import Program, StepShape
 from ..scheduler.trace import Trace
+from ..scheduler.verify import verify
 from .constraints import offloaded
 from .host_figures import host_figures, process_bytes
 from .offload import optim_layouts
@@ -86,6 +87,7 @@ class Planner:
 
         Raises:
             DoesNotFit: on every rank, where none fits.
+            InvalidProgram: what was compiled cannot run: a mistake of this project.
         """
         moves = Activations.OFFLOAD_DISK in plan.activations
         profile = self._profile(forward, loss, part) if moves or not self.is_ample else None
@@ -98,10 +100,14 @@ class Planner:
 
         if self.is_ample:
             shape = shape_of(plan)
-            return Planned(plan, compile_program(shape, plan), shape.held, None)
+            program = compile_program(shape, plan)
+            verify(program, shape, plan)
+            return Planned(plan, program, shape.held, None)
         assert profile is not None
         found = self._choose(plan, open_, profile, shape_of)
-        return Planned(found.plan, found.program, shape_of(found.plan).held, found.ledger)
+        shape = shape_of(found.plan)
+        verify(found.program, shape, found.plan)
+        return Planned(found.plan, found.program, shape.held, found.ledger)
 
     def _choose(
         self, plan: Plan, open_: Open, profile: MemoryProfile, shape_of: Callable[[Plan], StepShape]

@@ -5,9 +5,10 @@ Owns adding up what lives when: state, buffers, gradients, activations. Does not
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..parallel.actions import Action, Kind
+from .copies import gathered_peak
 from .memory_levels import Keeping, Levels, levels_under
 from .memory_profile import MemoryProfile
 from .plan import Activations, Plan, UpdateTime
@@ -31,10 +32,11 @@ class HostFigures:
         process_bytes: resident before the model: interpreter, libraries, the worker.
         state_bytes: chunk -> bytes that lie in host memory from step to step, under the plan in question.
         gradient_bytes: chunk -> bytes of its gradients while they are kept.
-        exchange_bytes: buffers between ranks.
+        exchange_bytes: buffers between ranks, gathered copies excluded.
         update_bytes: chunk -> what an update takes beside the slots.
         is_summed: whether gradients are summed into float32 buffers of their own.
         reserve_bytes: for what nobody counts: the heap's gaps, threads' stacks, kernels' leftovers.
+        copy_bytes: chunk -> bytes of a gathered copy that comes and goes.
     """
 
     process_bytes: int
@@ -44,6 +46,7 @@ class HostFigures:
     update_bytes: Mapping[int, int]
     is_summed: bool
     reserve_bytes: int
+    copy_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         "state": sum(figures.state_bytes.values()),
         "buffers": program.arena_bytes("host"),
         "exchange": figures.exchange_bytes,
+        "gathered": gathered_peak(program, figures.copy_bytes)[0],
         "reserve": figures.reserve_bytes,
     }
     if figures.is_summed and plan.update is UpdateTime.AFTER:  # the sums stay from step to step

@@ -34,6 +34,7 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     down_before: int | None = None
     still_there = set(moved.kept)  # their READ is yet to come
     kept_writes: dict[str, int] = {}  # resource -> the carried WRITE that looks at it
+    computed: int | None = None  # the last compute action
     sharing = _sharing(buffers)
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}
@@ -74,12 +75,25 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         elif action.kind is Kind.B:  # likewise gradients
             after.update(() if down_before is None else (down_before,))
             down_before, down = down, None
+        if computed is not None and lane is not Lane.COMPUTE and _follows_compute(action, shape, plan):
+            after.add(computed)
+        computed = position if action.kind.is_compute else computed
         for name in _buffers_used(action, shape, plan, buffers):
             users.setdefault(name, {})[lane] = position
         after.discard(position)
         num_bytes = 0 if moves_nothing else _num_bytes(action, shape)
         instructions.append(Instruction(action, lane, tuple(sorted(after)), num_bytes))
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
+
+
+def _follows_compute(action: Action, shape: StepShape, plan: Plan) -> bool:
+    """Whether an action has to wait for the last unit that ran before it, though it takes nothing of it."""
+    c = action.index
+    if action.kind is Kind.GATHER and c is not None:  # else its lane would run ahead, and all copies were there at once
+        return plan.chunks[c].parameters_sharded
+    if action.kind in (Kind.DOWN, Kind.REDUCE) and c is not None:  # code between units may give gradients to the end
+        return shape.last_backward_of(c) is None
+    return action.kind is Kind.NORM  # it takes the loss too
 
 
 def _filled_buffers(action: Action) -> tuple[str, ...]:
@@ -262,7 +276,10 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
             return [], [f"disk c{c}:{action.slot}", *_slot_resources(action, plan)]
         case Kind.F:
             assert c is not None
-            return [f"full {chunk}" for chunk in needed_chunks(shape, c)], [f"act {c}.{m}"]
+            # Code behind the last unit, and its backward, is part of the last forward.
+            held = shape.held if c == len(shape.units) - 1 else ()
+            grads = [f"grad {chunk}" for chunk in held if shape.chunks[chunk].trainable]
+            return [f"full {chunk}" for chunk in needed_chunks(shape, c)], [f"act {c}.{m}", *grads]
         case Kind.B:
             assert c is not None
             chunks = needed_chunks(shape, c)
