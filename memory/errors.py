@@ -42,8 +42,8 @@ class DoesNotFit(OutgrowError, ValueError):
 
 
 class InvalidProgram(OutgrowError):
-    """A program would deadlock, overflow or compute something else; names the instruction. Raised before it runs; please
-    report it, with the plan."""
+    """A program would deadlock, overflow or compute something else; names the instruction. Raised before it runs: a
+    mistake of this project, please report it with the plan."""
 
 
 class OutOfOrder(OutgrowError):

@@ -210,7 +210,9 @@ class Holdings:
         """A finished micro-batch's gradients must have been taken before the next one's run into them."""
         for chunk in needs(u, self.shape) if self.plan.sums_gradients else ():
             if self.shape.chunks[chunk].trainable and self.shape.last_backward_of(chunk) == u:
-                _refuse_unless(self.taken[chunk] == m, f"gradients of chunk {chunk} still are of the micro-batch before")
+                _refuse_unless(
+                    self.taken[chunk] == m, f"gradients of chunk {chunk} still are of the micro-batch before"
+                )
 
     def _all_computed(self) -> None:
         for u, unit in enumerate(self.shape.units):

@@ -187,8 +187,10 @@ def _filled(action: Action, plan: Plan, holdings: Holdings) -> list[str]:
 
 
 def touched(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str], list[str]]:
-    """What an action reads, and what it changes: slots in memory (`c3:optim`), gathered copies (`c3 gathered`), gradients
-    (`c3 gradients`), sums over micro-batches (`c3 sums`), activations (`a4.1`), and what lies on disk (`disk c3:param`).
+    """What an action reads, and what it changes.
+
+    Slots in memory (`c3:optim`), gathered copies (`c3 gathered`), gradients (`c3 gradients`), sums over micro-batches
+    (`c3 sums`), activations (`a4.1`), and what lies on disk (`disk c3:param`).
     """
     c, m = action.index, action.micro_batch
     slot = f"c{c}:{action.slot}"

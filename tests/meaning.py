@@ -2,74 +2,23 @@
 
     assert outcome(program, shape, plan, random.Random(3)) == expected(shape, plan)
 
-Values are nested tuples: a parameter after an update is `("step", old value, gradients, ...)`. Bytes are pages that hold
-values; whoever writes leaves rubbish there until it is done, and whoever reads must find the same at its beginning and
-at its end. So a run that lacks an order finds rubbish, and every difference shows in the values at the end.
+Values are nested tuples: a parameter after an update is `("step", old value, gradients, ...)`. Bytes are pages that
+hold values; whoever writes leaves rubbish there until it is done, and whoever reads must find the same at its beginning
+and at its end. So a run that lacks an order finds rubbish, and every difference shows in the values at the end.
 """
 
 import random
 from collections.abc import Iterator
 from typing import Any
 
+from places import RUBBISH, Broken, Places
+from plain_steps import STEPS, chunks_of, expected, gathers, last_unit, model_order
+
 from outgrow.parallel.actions import Action, Kind
 from outgrow.scheduler.plan import Activations, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import Lane, Program, StepShape
 
 __all__ = ["Broken", "Machine", "expected", "outcome"]
-
-RUBBISH = "rubbish"
-STEPS = 2
-
-
-class Broken(Exception):
-    """The run stops, or something is not where it must be."""
-
-
-def gathers(chunk: int, plan: Plan) -> bool:
-    return plan.world_size > 1 and plan.chunks[chunk].optimizer_sharded
-
-
-def chunks_of(unit: int, shape: StepShape) -> list[int]:
-    return sorted({*shape.held, *shape.units[unit].chunks})
-
-
-def last_unit(chunk: int, shape: StepShape) -> int | None:
-    if chunk in shape.held:
-        return None
-    return min((u for u, unit in enumerate(shape.units) if chunk in unit.chunks and unit.has_backward), default=None)
-
-
-def model_order(shape: StepShape, micro_batch: int) -> list[Action]:
-    """What a micro-batch does, by the model's own code."""
-    units = list(range(len(shape.units)))
-    back = [Action(Kind.B, u, micro_batch) for u in reversed(units) if shape.units[u].has_backward]
-    return [*(Action(Kind.F, u, micro_batch) for u in units), *back]
-
-
-def gradient_of(chunk: int, micro_batch: int, shape: StepShape, parameters: list[Any]) -> Any:
-    """Of one micro-batch: which units gave it, and with which parameters all of them computed."""
-    users = [u for u, unit in enumerate(shape.units) if unit.has_backward and chunk in chunks_of(u, shape)]
-    return ("gradient", chunk, micro_batch, tuple((u, tuple(parameters[c] for c in chunks_of(u, shape))) for u in users))
-
-
-def expected(shape: StepShape, plan: Plan) -> dict[str, Any]:
-    """Plain steps, without any program."""
-    parameters: list[Any] = [("first", c) for c in range(len(shape.chunks))]
-    slots: list[Any] = [("slots", c) for c in range(len(shape.chunks))]
-    norms = []
-    for _ in range(STEPS):
-        gradients = {
-            c: tuple(gradient_of(c, m, shape, parameters) for m in range(plan.micro_batches))
-            for c, chunk in enumerate(shape.chunks)
-            if chunk.trainable
-        }
-        gradients = {c: tuple(g for g in gs if g[3]) for c, gs in gradients.items()}
-        norm = ("norm", tuple(gradients[c] for c in sorted(gradients)))
-        norms.append(norm)
-        for c, gradient in gradients.items():
-            clipped = norm if plan.clips_gradients else None
-            parameters[c], slots[c] = ("step", parameters[c], slots[c], gradient, clipped), ("slots", slots[c], gradient)
-    return {"parameters": parameters, "slots": slots, "norms": norms}
 
 
 def outcome(program: Program, shape: StepShape, plan: Plan, rng: random.Random) -> dict[str, Any]:
@@ -81,15 +30,13 @@ def outcome(program: Program, shape: StepShape, plan: Plan, rng: random.Random) 
     return machine.result()
 
 
-class Machine:
+class Machine(Places):
     """Memory, disk and gradients of one rank; the peers do the same."""
 
     def __init__(self, shape: StepShape, plan: Plan, rng: random.Random) -> None:
-        self.shape, self.plan, self.rng = shape, plan, rng
+        super().__init__(rng)
+        self.shape, self.plan = shape, plan
         self.reduces = plan.world_size > 1 or plan.precision != "float32" or not plan.unified
-        self.value: dict[str, Any] = {}  # place -> value; a place that is not there has none
-        self.pages: dict[tuple[str, int], Any] = {}
-        self.where: dict[str, list[tuple[str, int]]] = {}  # slot or activations in a buffer -> pages
         self.norms: list[Any] = []
         self.most_copies = self.most_saved = 0
         for c, chunk in enumerate(shape.chunks):
@@ -117,7 +64,7 @@ class Machine:
         busy: dict[Lane, tuple[int, Iterator[None]]] = {}
         done: set[int] = set()
         while queues or busy:
-            choices = [lane for lane in busy] + [
+            choices = list(busy) + [
                 lane
                 for lane, queue in queues.items()
                 if lane not in busy and set(program.instructions[queue[0]].after) <= done
@@ -144,9 +91,9 @@ class Machine:
         for m in range(self.plan.micro_batches):
             if self.came.get(m, []) != model_order(self.shape, m):
                 raise Broken("the model's code runs otherwise")
-        if self.plan.order is MicroBatchOrder.SEQUENTIAL:
-            if self.all_came != [a for m in range(self.plan.micro_batches) for a in model_order(self.shape, m)]:
-                raise Broken("micro-batches go one by one")
+        one_by_one = [a for m in range(self.plan.micro_batches) for a in model_order(self.shape, m)]
+        if self.plan.order is MicroBatchOrder.SEQUENTIAL and self.all_came != one_by_one:
+            raise Broken("micro-batches go one by one")
         for u in range(len(self.shape.units)):
             if [a.micro_batch for a in self.all_came if a == Action(Kind.F, u, a.micro_batch)] != list(
                 range(self.plan.micro_batches)
@@ -173,43 +120,6 @@ class Machine:
     def comes_and_goes(self, chunk: int) -> bool:
         return self.plan.chunks[chunk].parameters_sharded
 
-    # ---- places
-
-    def look(self, name: str) -> Any:
-        """What lies at a place now."""
-        if name in self.where:
-            found = {self.pages[page] for page in self.where[name]}
-            if len(found) != 1:
-                raise Broken(f"{name} is torn")
-            return found.pop()
-        if name not in self.value:
-            raise Broken(f"{name} is not there")
-        return self.value[name]
-
-    def put(self, name: str, value: Any) -> None:
-        if name in self.where:
-            for page in self.where[name]:
-                self.pages[page] = value
-        else:
-            self.value[name] = value
-
-    def open(self, name: str) -> None:
-        """A buffer is filled from now on."""
-        if name not in self.buffers or name in self.where:
-            raise Broken(f"{name} has no buffer, or is in it already")
-        buffer = self.buffers[name]
-        pages = range(buffer.start_bytes // 4096, -(-(buffer.start_bytes + buffer.num_bytes) // 4096))
-        self.where[name] = [(buffer.tier, page) for page in pages]
-        self.put(name, (RUBBISH, self.rng.random()))
-
-    def close(self, name: str) -> None:
-        if name in self.where:
-            del self.where[name]
-        elif name in self.value:
-            del self.value[name]
-        else:
-            raise Broken(f"{name} is not there")
-
     def parameters(self, unit: int) -> list[str]:
         return [f"full {c}" if gathers(c, self.plan) else self.own(c) for c in chunks_of(unit, self.shape)]
 
@@ -230,13 +140,6 @@ class Machine:
 
     def work(self, action: Action) -> Iterator[None]:
         return getattr(self, f"do_{action.kind.name}")(action)
-
-    def used(self, names: list[str]) -> Iterator[list[Any]]:
-        """Find the same at the beginning and at the end."""
-        before = [self.look(name) for name in names]
-        yield before
-        if [self.look(name) for name in names] != before or any(RUBBISH in str(value) for value in before):
-            raise Broken(f"{names} changed during their use")
 
     def do_F(self, action: Action) -> Iterator[None]:
         u, m = action.index or 0, action.micro_batch or 0
@@ -287,7 +190,8 @@ class Machine:
         c, m = action.index or 0, action.micro_batch or 0
         if self.goes_down(c):
             found: list[Any] = []
-            for found in self.used([f"c{c}:grad"]):
+            for values in self.used([f"c{c}:grad"]):
+                found = values
                 yield
             self.close(f"c{c}:grad")
             if found[0][:2] != ("down", m):
@@ -333,7 +237,11 @@ class Machine:
         single = self.plan.world_size == 1
         if single and self.plan.update is UpdateTime.AFTER and not self.reduces:
             parts = {
-                c: tuple(("gradient", c, m, tuple(sorted(g))) for (chunk, m), g in sorted(self.gradients.items()) if chunk == c)
+                c: tuple(
+                    ("gradient", c, m, tuple(sorted(g)))
+                    for (chunk, m), g in sorted(self.gradients.items())
+                    if chunk == c
+                )
                 for c in trainable
             }
         elif single and self.plan.update is UpdateTime.AFTER:
@@ -349,7 +257,9 @@ class Machine:
 
     def do_STEP(self, action: Action) -> Iterator[None]:
         c = action.index or 0
-        names = [f"c{c}:param"] + [f"c{c}:optim"] * (self.shape.chunks[c].optim_bytes > 0 or f"c{c}:optim" in self.value)
+        names = [f"c{c}:param"] + [f"c{c}:optim"] * (
+            self.shape.chunks[c].optim_bytes > 0 or f"c{c}:optim" in self.value
+        )
         found = [self.look(name) for name in names]
         if any(RUBBISH in str(value) for value in found):
             raise Broken("an update of rubbish")

@@ -24,7 +24,10 @@ def test_the_same_collectives_in_the_same_order_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ("net GATHER c1.0\nnet GATHER c0.0\nnet NORM", "collective 0 is GATHER c0.0 on rank 0 and GATHER c1.0 on rank 1"),
+        (
+            "net GATHER c1.0\nnet GATHER c0.0\nnet NORM",
+            "collective 0 is GATHER c0.0 on rank 0 and GATHER c1.0 on rank 1",
+        ),
         ("net GATHER c0.0\nnet GATHER c1.0", "collective 2 is NORM on rank 0 and None on rank 1"),
     ],
 )

@@ -48,7 +48,9 @@ def check(case: Case, program: Program) -> None:
     copies = copies_of(shape, plan)
     peak, where = gathered_peak(program, copies)
     capacity = gathered_peak(original, copies)[0]
-    verify(program, shape, plan, [original] * (plan.world_size - 1), {"host": capacity}, {"host": Ledger(peak, where, {})})
+    verify(
+        program, shape, plan, [original] * (plan.world_size - 1), {"host": capacity}, {"host": Ledger(peak, where, {})}
+    )
 
 
 # ---- what is compiled
@@ -123,7 +125,9 @@ def mutate(program: Program, rng: random.Random) -> tuple[str, Program] | None:
 def goes_wrong(case: Case, mutant: Program, rng: random.Random) -> str | None:
     """What is wrong with a mutant, as far as some random runs show it."""
     shape, plan, program = case
-    collectives = [[a for a in p.actions() if a.kind in (Kind.GATHER, Kind.REDUCE, Kind.NORM)] for p in (program, mutant)]
+    collectives = [
+        [a for a in p.actions() if a.kind in (Kind.GATHER, Kind.REDUCE, Kind.NORM)] for p in (program, mutant)
+    ]
     if plan.world_size > 1 and collectives[0] != collectives[1]:
         return "collectives in another order than the peers'"
     wanted = expected(shape, plan)
