@@ -3,8 +3,9 @@
 Owns the partial order that lanes and dependencies make, and the search for unordered accesses. Does not own what an
 action touches (`verify.py`).
 
-A lane runs its instructions one after the other, so `a` happens before `b` exactly if `b`'s clock has seen so many
-instructions of `a`'s lane (vector clocks, one entry a lane: Mattern, "Virtual time and global states", 1989).
+A lane ends its instructions one after the other, so `a` is done when `b` begins exactly if `b`'s clock has seen so many
+instructions of `a`'s lane (vector clocks, one entry a lane: Mattern, "Virtual time and global states", 1989). A lane
+that moves bytes may have begun an instruction while the one before it has not ended: `NUM_BEGUN` at once.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,10 @@ from dataclasses import dataclass, field
 
 from .program import Lane, Program
 
-__all__ = ["Accesses", "Order", "Unordered"]
+__all__ = ["NUM_BEGUN", "Accesses", "Order", "Unordered"]
+
+NUM_BEGUN = dict.fromkeys((Lane.READ, Lane.WRITE, Lane.H2D, Lane.D2H), 2) | dict.fromkeys((Lane.COMPUTE, Lane.NET), 1)
+"""Lane -> its instructions that may have begun and not ended."""
 
 
 class Order:
@@ -23,18 +27,23 @@ class Order:
         self._lane: list[int] = []
         self._place: list[int] = []  # of an instruction on its lane, counted from 1
         self._seen: list[list[int]] = []  # instructions of each lane that are done when it begins
-        last: dict[int, int] = {}
+        self._seen_at_end: list[list[int]] = []  # and when it ends, itself included
+        on_lane: dict[int, list[int]] = {}
         for instruction in program.instructions:
             lane = lanes[instruction.lane]
+            earlier = on_lane.setdefault(lane, [])
+            begun = NUM_BEGUN[instruction.lane]
+            ended = earlier[-begun:][:1] if len(earlier) >= begun else []
             seen = [0] * len(lanes)
-            for before in (*instruction.after, *([last[lane]] if lane in last else [])):
-                for other, count in enumerate(self._seen[before]):
-                    seen[other] = max(seen[other], count)
-                seen[self._lane[before]] = max(seen[self._lane[before]], self._place[before])
-            last[lane] = len(self._lane)
+            for before in (*instruction.after, *ended):
+                seen = list(map(max, seen, self._seen_at_end[before]))
+            at_end = list(map(max, seen, self._seen_at_end[earlier[-1]])) if earlier else list(seen)
+            earlier.append(len(self._lane))
+            at_end[lane] = len(earlier)
             self._lane.append(lane)
-            self._place.append(seen[lane] + 1)
+            self._place.append(len(earlier))
             self._seen.append(seen)
+            self._seen_at_end.append(at_end)
 
     def is_before(self, first: int, second: int) -> bool:
         """Whether the instruction at `first` is done in every run when the one at `second` begins."""

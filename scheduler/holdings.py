@@ -44,6 +44,7 @@ class Holdings:
 
     Args:
         carried: slots (`c3:optim`) whose last update the step before has left in memory, to be written in this one.
+        kept: those of them that stay in their buffer when they are written: their first READ moves nothing.
         is_whole: whether the program has all units of the model (else it is a pipeline rank's, and what comes from and
             goes to others is not looked at here).
     """
@@ -51,6 +52,7 @@ class Holdings:
     shape: StepShape
     plan: Plan
     carried: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
     is_whole: bool = True
     memory: dict[str, int | None] = field(default_factory=dict)  # slot -> version; None: it is not there
     disk: dict[str, int] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Holdings:
     reduced: dict[int, int] = field(default_factory=dict)  # chunk -> micro-batches
     updated: dict[int, int] = field(default_factory=dict)  # chunk -> updates
     normed: bool = False
+    _found: set[str] = field(default_factory=set)  # of what was kept
     micro_batch: int = 0  # the last one that was computed with
 
     def __post_init__(self) -> None:
@@ -313,7 +316,16 @@ class Holdings:
         version = self.memory[name]
         _refuse_unless(version is not None, f"{name} is not in memory")
         assert version is not None
-        self.disk[name], self.memory[name] = version, None
+        stays = name in self.kept and version == 0  # what the step before left, and this one uses
+        self.disk[name], self.memory[name] = version, version if stays else None
+
+    def find_kept(self, action: Action) -> None:
+        """A READ that moves nothing, as what it brings is still there. Raises `Refused`."""
+        name = self._slot(action)
+        _refuse_unless(name in self.carried, f"{name} was not left in memory by the step before")
+        _refuse_unless(name not in self._found, f"{name} is found for the second time")
+        _refuse_unless(self.memory[name] == self.disk[name] == 0, f"{name} is no longer what the step before left")
+        self._found.add(name)
 
     def _drop(self, action: Action) -> None:
         c = _index(action)

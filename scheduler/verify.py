@@ -81,7 +81,15 @@ class _Check:
                 self._refuse(position, "only writes run into the next step")
         sends = {Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B}
         is_whole = not any(instruction.action.kind in sends for instruction in program.instructions)
-        self.holdings = Holdings(shape, plan, frozenset(f"c{a.index}:{a.slot}" for a in carried), is_whole)
+        self.holdings = Holdings(
+            shape, plan, frozenset(f"c{a.index}:{a.slot}" for a in carried), program.kept, is_whole
+        )
+        self.kept = program.kept
+        self.kept_reads = {
+            position
+            for position, i in enumerate(program.instructions)
+            if i.action.kind is Kind.READ and not i.num_bytes
+        }
         self.buffers = {buffer.name: buffer for buffer in program.buffers}
         self.overlapping = _overlapping(program.buffers)
         self.users: dict[str, dict[Lane, int]] = {}  # buffer -> lane -> last instruction that used it
@@ -92,14 +100,20 @@ class _Check:
             action = instruction.action
             if action.kind.is_compute and instruction.lane is not Lane.COMPUTE:
                 self._refuse(position, f"it is on lane {instruction.lane}, and units run on the compute lane")
-            self._check_buffers(position, action)
+            moves = position not in self.kept_reads
+            if moves:
+                self._check_buffers(position, action)
             try:
-                self.holdings.apply(action)
+                self.holdings.apply(action) if moves else self.holdings.find_kept(action)
             except Refused as refused:
                 self._refuse(position, str(refused))
-            if position == self.program.num_carried - 1 and self.holdings.live_buffers():
+            if position == self.program.num_carried - 1 and self.holdings.live_buffers() - self.kept:
                 self._refuse(position, "something else than what the last step left is in memory")
             reads, changes = touched(action, self.shape, self.plan)
+            if not moves:  # it looks whether the slot is there
+                reads, changes = changes, []
+            if position < self.program.num_carried and changes[0] in self.kept:  # it looks at what is used meanwhile
+                reads, changes = changes[:1], changes[1:]
             found = self.accesses.add(position, reads, changes)
             if found is not None:
                 self._refuse(position, f"nothing orders it behind {self._name(found.first)}; both touch {found.what}")

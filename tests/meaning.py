@@ -38,6 +38,7 @@ class Machine(Places):
         self.shape, self.plan = shape, plan
         self.reduces = plan.world_size > 1 or plan.precision != "float32" or not plan.unified
         self.norms: list[Any] = []
+        self.will_keep: set[str] = set()  # what stays in memory after its WRITE
         self.most_copies = self.most_saved = 0
         for c, chunk in enumerate(shape.chunks):
             decision = plan.chunks[c]
@@ -51,6 +52,7 @@ class Machine(Places):
     def play(self, program: Program, step: int | None) -> None:
         self.program = program
         self.buffers = {buffer.name: buffer for buffer in program.buffers}
+        self.will_keep |= program.kept
         self.gradients: dict[tuple[int, int], list[Any]] = {}  # (chunk, micro-batch) -> what units gave
         self.sums: dict[int, list[Any]] = {}
         self.norm: Any = None
@@ -61,19 +63,22 @@ class Machine(Places):
         self.saving = 0
         queues = {lane: list(positions) for lane, positions in program.by_lane.items()}
         slowness = {lane: self.rng.choice((1, 1, 1, 40)) for lane in Lane}
-        busy: dict[Lane, tuple[int, Iterator[None]]] = {}
+        busy: dict[Lane, list[tuple[int, Iterator[None]]]] = {}
+        moves = (Lane.READ, Lane.WRITE, Lane.H2D, Lane.D2H)  # they have begun the next while one ends
         done: set[int] = set()
         while queues or busy:
-            choices = list(busy) + [
-                lane
+            choices = [("end", lane) for lane in busy] + [
+                ("begin", lane)
                 for lane, queue in queues.items()
-                if lane not in busy and set(program.instructions[queue[0]].after) <= done
+                if len(busy.get(lane, ())) < 1 + (lane in moves) and set(program.instructions[queue[0]].after) <= done
             ]
             if not choices:
                 raise Broken("deadlock")
-            lane = self.rng.choices(choices, [1 / slowness[lane] for lane in choices])[0]
-            if lane in busy:
-                position, work = busy.pop(lane)
+            what, lane = self.rng.choices(choices, [1 / slowness[lane] for _, lane in choices])[0]
+            if what == "end":
+                position, work = busy[lane].pop(0)
+                if not busy[lane]:
+                    del busy[lane]
                 for _ in work:
                     raise AssertionError("an action has two moments")
                 done.add(position)
@@ -81,9 +86,11 @@ class Machine(Places):
             position = queues[lane].pop(0)
             if not queues[lane]:
                 del queues[lane]
-            work = self.work(program.instructions[position].action)
+            instruction = program.instructions[position]
+            is_kept = instruction.action.kind is Kind.READ and not instruction.num_bytes
+            work = self.keep(instruction.action) if is_kept else self.work(instruction.action)
             next(work)
-            busy[lane] = position, work
+            busy.setdefault(lane, []).append((position, work))
         if step is not None:
             self.end_step()
 
@@ -306,7 +313,16 @@ class Machine(Places):
             self.value[f"disk {name}"] = (RUBBISH, self.rng.random())
             yield
             self.value[f"disk {name}"] = found[0]
-        self.close(name)
+        if name not in self.will_keep:
+            self.close(name)
+
+    def keep(self, action: Action) -> Iterator[None]:
+        """A READ of what is there."""
+        name = f"c{action.index}:{action.slot}"
+        value = self.look(name)
+        if name not in self.will_keep or RUBBISH in str(value):
+            raise Broken(f"{name} was not kept")
+        yield
 
     def do_DROP(self, action: Action) -> Iterator[None]:
         if action.slot is None:
