@@ -44,6 +44,7 @@ class Holdings:
 
     Args:
         carried: slots (`c3:optim`) whose last update the step before has left in memory, to be written in this one.
+        leaves: those that this step leaves to the next one.
         kept: those of them that stay in their buffer when they are written: their first READ moves nothing.
         is_whole: whether the program has all units of the model (else it is a pipeline rank's, and what comes from and
             goes to others is not looked at here).
@@ -52,6 +53,7 @@ class Holdings:
     shape: StepShape
     plan: Plan
     carried: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
     is_whole: bool = True
     memory: dict[str, int | None] = field(default_factory=dict)  # slot -> version; None: it is not there
@@ -127,7 +129,7 @@ class Holdings:
         _refuse_unless(not self.away, f"activations stay away: {sorted(self.away)}")
         for name, version in self.disk.items():
             due = self.updated[_chunk_of(name)]
-            if name in self.carried:
+            if name in self.leaves:
                 _refuse_unless(self.memory[name] == due, f"{name} is to be written in the next step and is not there")
             else:
                 _refuse_unless(self.memory[name] is None, f"{name} is left in memory")

@@ -50,7 +50,10 @@ def verify(
     Raises:
         InvalidProgram: says at which instruction, and why.
     """
-    _Check(program, shape, plan).run()
+    leaves = frozenset(f"c{a.index}:{a.slot}" for a in program.actions()[: program.num_carried])
+    _Check(program, shape, plan, leaves).run()
+    if program.num_carried:  # the first step reads what the others find
+        _Check(program.without_carried(), shape, plan, leaves).run()
     for tier, ledger in (ledgers or {}).items():
         capacity = (capacity_bytes or {}).get(tier)
         if capacity is not None and ledger.peak_bytes > capacity:
@@ -69,9 +72,9 @@ def verify(
 
 
 class _Check:
-    """One program, once."""
+    """One program, once. `leaves`: slots whose writes are left to the next step."""
 
-    def __init__(self, program: Program, shape: StepShape, plan: Plan) -> None:
+    def __init__(self, program: Program, shape: StepShape, plan: Plan, leaves: frozenset[str]) -> None:
         self.program, self.shape, self.plan = program, shape, plan
         self.order = Order(program)
         self.accesses = Accesses(self.order)
@@ -81,9 +84,8 @@ class _Check:
                 self._refuse(position, "only writes run into the next step")
         sends = {Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B}
         is_whole = not any(instruction.action.kind in sends for instruction in program.instructions)
-        self.holdings = Holdings(
-            shape, plan, frozenset(f"c{a.index}:{a.slot}" for a in carried), program.kept, is_whole
-        )
+        found = frozenset(f"c{a.index}:{a.slot}" for a in carried)
+        self.holdings = Holdings(shape, plan, found, leaves, program.kept, is_whole)
         self.kept = program.kept
         self.kept_reads = {
             position

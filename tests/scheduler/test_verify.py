@@ -253,7 +253,7 @@ def test_only_writes_are_carried_and_units_run_on_the_compute_lane() -> None:
 
 def test_what_is_read_again_before_it_was_written_is_refused() -> None:
     late = replace(without(two(), "WRITE c0:param"), num_carried=1)
-    assert "at the end of the step: c0:param is left in memory" in refusal(late)
+    assert "c0:param was not left in memory by the step before" in refusal(late)
 
 
 def test_activations_do_not_pile_up_on_their_way_to_disk() -> None:
