@@ -255,7 +255,9 @@ def open_transport(
     if kind is not None and kind not in _KINDS:
         raise ValueError(f"transport {kind!r}: there is {' and '.join(_KINDS)}")
     ranks = dist.get_process_group_ranks(parent) if parent is not None else None
-    group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = dist.new_group(
+        ranks, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=parent is not None
+    )
     assert isinstance(group, dist.ProcessGroup)
     if kind == MessageTransport.name:
         return MessageTransport(group)

@@ -155,7 +155,8 @@ class Executor:
         order = program.by_lane.get(Lane.COMPUTE, ())
         while self._cursor < len(order):
             position = order[self._cursor]
-            if program.instructions[position].action.kind.is_compute:
+            action = program.instructions[position].action
+            if action.kind.is_compute and action.micro_batch not in self._skipped:
                 self._wait_for(position)
                 return
             self._pass(position)
@@ -182,6 +183,15 @@ class Executor:
             if found.kind is Kind.F or found.micro_batch != micro_batch:
                 return  # what is left of it, where micro-batches take turns, is passed when the others come to it
             self._pass(position)
+
+    def complete(self, actions: Set[Action]) -> None:
+        """These compute actions are over: end the last one, pass over backwards that no gradient reached."""
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        left = [at for at in order[self._cursor :] if program.instructions[at].action in actions]
+        while left and self._cursor < len(order) and order[self._cursor] <= left[-1]:
+            self._pass(order[self._cursor])
 
     def skip_micro_batch(self, micro_batch: int) -> None:
         """There is no sample for `micro_batch`: its forwards and backwards are done at once, all else runs."""

@@ -3,7 +3,7 @@
 Owns these steps between a plan and the first action. Does not own the plan (`planning.py`) nor the parts themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,14 +60,19 @@ def open_state(
     memory: Memory,
     run_name: str,
     fill: Fill | None,
+    make: Callable[..., ModelState] = ModelState,
 ) -> tuple[ModelState, DiskTier | None]:
-    """Put the model's state where the plan has its home. What was opened is closed where that fails."""
+    """Put the model's state where the plan has its home. What was opened is closed where that fails.
+
+    Args:
+        make: the state, given as `ModelState` is.
+    """
     optims = optim_layouts(layouts, plan, optimizer.slots, original_dtypes)
     extents = state_extents(layouts, plan, optims)
     rank = 0 if transport is None else transport.rank
     tier = open_tier(memory, run_name, rank, extents) if extents else None
     try:
-        state = ModelState(model, layouts, plan, optimizer, transport, clip_grad_norm, tier, optims, fill)
+        state = make(model, layouts, plan, optimizer, transport, clip_grad_norm, tier, optims, fill)
     except BaseException:
         if tier is not None:
             tier.close()
