@@ -5,6 +5,7 @@ Owns the measurement. It does not own what a plan makes of it (`scheduler/hardwa
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,17 @@ _RING = 3  # buffers: while one is filled or emptied, the next request is alread
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Measured bandwidths of one folder, each lane alone."""
+    """Measured bandwidths of one folder.
+
+    Attributes:
+        read_bytes_per_s, write_bytes_per_s: each lane alone.
+        both_bytes_per_s: of the two together, as many bytes read as written at the same time.
+        direct: False where the file system refused O_DIRECT.
+    """
 
     read_bytes_per_s: float
     write_bytes_per_s: float
+    both_bytes_per_s: float
     direct: bool
     file_system: str
     num_bytes: int
@@ -39,23 +47,27 @@ def measure_disk(
     depth: int = 4,
     deadline_s: float = 60.0,
 ) -> DiskSpeed:
-    """Write, then read, about `num_bytes` random bytes in `folder`, checksums included as in training, and remove them.
+    """Write, then read, then do both at once with about `num_bytes` random bytes in `folder`, checksums included as in
+    training, and remove them.
 
     The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
-    Takes memory for 6 * depth blocks. Raises what `DiskStore` raises.
+    Takes memory for 12 * depth blocks. Raises what `DiskStore` raises.
     """
     extent_bytes = 2 * depth * block_bytes
     names = [f"c{index}:param" for index in range(max(_RING, -(-num_bytes // extent_bytes)))]
     specs = [ExtentSpec(name, extent_bytes) for name in names]
-    buffers = [AlignedBuffer(extent_bytes) for _ in range(_RING)]
+    buffers = [AlignedBuffer(extent_bytes) for _ in range(2 * _RING)]
     try:
         with DiskStore(folder, "measure", 0, specs, block_bytes=block_bytes, depth=depth, deadline_s=deadline_s,
                        in_flight_bytes=_RING * extent_bytes) as store:  # fmt: skip
             for seed, buffer in enumerate(buffers):
                 buffer.view[:] = np.random.default_rng(seed).bytes(extent_bytes)
-            _pass(store.write, names, buffers)
-            write_s = _pass(store.write, names, buffers)
-            read_s = _pass(store.read, names, buffers)
+            sources, targets = buffers[:_RING], buffers[_RING:]
+            half = len(names) // 2
+            _pass((store.write, names, sources))
+            write_s = _pass((store.write, names, sources))
+            read_s = _pass((store.read, names, targets))
+            both_s = _pass((store.write, names[:half], sources), (store.read, names[half : 2 * half], targets))
             statistics = store.statistics()
     finally:
         for buffer in buffers:
@@ -64,6 +76,7 @@ def measure_disk(
     return DiskSpeed(
         read_bytes_per_s=moved_bytes / read_s,
         write_bytes_per_s=moved_bytes / write_s,
+        both_bytes_per_s=2 * half * extent_bytes / both_s,
         direct=statistics.direct,
         file_system=statistics.file_system,
         num_bytes=moved_bytes,
@@ -72,14 +85,17 @@ def measure_disk(
     )
 
 
-def _pass(move, names: list[str], buffers: list[AlignedBuffer]) -> float:
-    """Seconds for moving every extent once, with one request per buffer in flight."""
-    tickets: deque[Ticket] = deque()
+def _pass(*moves: tuple[Callable[[str, AlignedBuffer], Ticket], list[str], list[AlignedBuffer]]) -> float:
+    """Seconds for moving every extent once, all moves at the same time, each with one request per buffer in flight."""
+    flying: list[deque[Ticket]] = [deque() for _ in moves]
     began_s = time.perf_counter()
-    for index, name in enumerate(names):
-        if len(tickets) == len(buffers):
+    for index in range(max(len(names) for _, names, _ in moves)):
+        for (move, names, buffers), tickets in zip(moves, flying, strict=True):
+            if len(tickets) == len(buffers):
+                tickets.popleft().wait()
+            if index < len(names):
+                tickets.append(move(names[index], buffers[index % len(buffers)]))
+    for tickets in flying:
+        while tickets:
             tickets.popleft().wait()
-        tickets.append(move(name, buffers[index % len(buffers)]))
-    while tickets:
-        tickets.popleft().wait()
     return time.perf_counter() - began_s

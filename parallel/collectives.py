@@ -25,7 +25,6 @@ from .placement import (
     GatheredParameters,
     OffloadedParameters,
     ParameterStore,
-    UploadedParameters,
     WindowParameters,
 )
 from .sharding import shard_range
@@ -87,18 +86,13 @@ class Transport(ABC):
             sharded: whether the gathered copy is dropped between uses (else it always stays).
         """
 
-    def offloaded_parameters(self, num_elems: int, dtype: torch.dtype, uploads: bool = False) -> OffloadedParameters:
-        """Storage for a chunk whose shards are at home on another tier; the gathered copy is dropped between uses.
-
-        Args:
-            uploads: whether it is gathered from copies of the shards on a device.
-        """
+    def offloaded_parameters(self, num_elems: int, dtype: torch.dtype) -> OffloadedParameters:
+        """Storage for a chunk whose shards are at home on another tier; the gathered copy is dropped between uses."""
 
         def all_gather(full: torch.Tensor, shard: torch.Tensor) -> None:
             dist.all_gather_single(full, shard, group=self.group)
 
-        kind = UploadedParameters if uploads else OffloadedParameters
-        return kind(num_elems, dtype, self.size, self.rank, all_gather)
+        return OffloadedParameters(num_elems, dtype, self.size, self.rank, all_gather)
 
     @abstractmethod
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:
@@ -261,7 +255,9 @@ def open_transport(
     if kind is not None and kind not in _KINDS:
         raise ValueError(f"transport {kind!r}: there is {' and '.join(_KINDS)}")
     ranks = dist.get_process_group_ranks(parent) if parent is not None else None
-    group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = dist.new_group(
+        ranks, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=parent is not None
+    )
     assert isinstance(group, dist.ProcessGroup)
     if kind == MessageTransport.name:
         return MessageTransport(group)

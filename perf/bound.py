@@ -5,18 +5,21 @@ Owns the arithmetic between bytes, bandwidths and seconds. It measures nothing a
 A step on disk does three things at once: it computes, reads and writes. None of them can be faster than alone, so no
 step can be faster than the slowest of the three: max(compute, bytes read / read bandwidth, bytes written / write
 bandwidth). A step's share of the bound is that time over the measured one; 1 hides everything behind the slowest.
+
+On most disks the two directions share what the device can move. No step can then be faster than (bytes read + bytes
+written) / (bandwidth of both together) either; with it the bound is the tighter, *shared* one.
 """
 
 from dataclasses import dataclass
 
 from ..memory.timeline import Timeline
 
-__all__ = ["Bandwidth", "Moved", "least_seconds", "line_through", "moved_in"]
+__all__ = ["Bandwidth", "Moved", "least_seconds", "least_seconds_shared", "line_through", "moved_in"]
 
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """Bytes a second of a disk, each direction alone.
+    """Bytes a second of a disk: each direction alone, and both together at the same time.
 
     Raises:
         ValueError: one that is not positive.
@@ -24,16 +27,20 @@ class Bandwidth:
 
     read_bytes_per_s: float
     write_bytes_per_s: float
+    both_bytes_per_s: float
 
     def __post_init__(self) -> None:
-        if not (self.read_bytes_per_s > 0 and self.write_bytes_per_s > 0):
+        if min(self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s) <= 0:
             raise ValueError(
                 f"a disk moves bytes in both directions, got {self.read_bytes_per_s} read and "
-                f"{self.write_bytes_per_s} written a second"
+                f"{self.write_bytes_per_s} written a second, {self.both_bytes_per_s} together"
             )
 
     def __str__(self) -> str:
-        return f"{self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} GB/s written"
+        read, write, both = (
+            f"{rate / 1e9:.2f} GB/s" for rate in (self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s)
+        )
+        return f"{read} read, {write} written, {both} together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,13 @@ def least_seconds(compute_s: float, moved: Moved, disk: Bandwidth) -> tuple[floa
     }
     slowest = max(seconds, key=lambda lane: seconds[lane])
     return seconds[slowest], slowest
+
+
+def least_seconds_shared(compute_s: float, moved: Moved, disk: Bandwidth) -> tuple[float, str]:
+    """The bound where both directions share the device, and what it comes from: also `both`."""
+    alone_s, slowest = least_seconds(compute_s, moved, disk)
+    both_s = (moved.read_bytes + moved.write_bytes) / disk.both_bytes_per_s
+    return (both_s, "both") if both_s > alone_s else (alone_s, slowest)
 
 
 def line_through(first: tuple[float, float], second: tuple[float, float], at: float) -> float:

@@ -6,7 +6,8 @@ Owns who runs against whom, the targets, and the check that all of them do the s
   everything in memory, round by round.
 - *input/output-bound* (batch 1x64): the least time that the step can take (`bound.py`) over what it took, round by
   round. Compute is what the in-memory engine takes at the same batch; bandwidths are those of the disk lanes, in the
-  same round and folder, with the same block size and depth.
+  same round and folder, with the same block size and depth. The *shared* bound also takes what the disk moves when it
+  reads and writes at the same time.
 - *within budget*: 8 micro-batches of 1x256 in a memory cgroup whose limit is the budget, the worker process included.
   The smallest budget is searched in steps of 64 MiB: the planner accepts it, and the kernel does not kill.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from .bound import Bandwidth, least_seconds
+from .bound import Bandwidth, least_seconds, least_seconds_shared
 from .case_disk import disk_folder
 from .cgroup import CgroupUnavailable
 from .confined import Job, Outcome, run_confined
@@ -105,12 +106,17 @@ def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str],
         least_seconds(memory.seconds, on_disk.moved, speed)
         for memory, on_disk, speed in zip(turns["in memory"], turns["on disk"], speeds, strict=True)
     ]
+    shared = [
+        least_seconds_shared(memory.seconds, on_disk.moved, speed)
+        for memory, on_disk, speed in zip(turns["in memory"], turns["on disk"], speeds, strict=True)
+    ]
     measured = [each.seconds for each in turns["on disk"]]
     return [
         Figure(section, "in memory, a step", "s", tuple(each.seconds for each in turns["in memory"])),
         Figure(section, "on disk, a step", "s", tuple(measured), note=str(turns["on disk"][-1].moved)),
         Figure(section, "disk, read", "GB/s", tuple(speed.read_bytes_per_s / 1e9 for speed in speeds)),
         Figure(section, "disk, written", "GB/s", tuple(speed.write_bytes_per_s / 1e9 for speed in speeds)),
+        Figure(section, "disk, both together", "GB/s", tuple(speed.both_bytes_per_s / 1e9 for speed in speeds)),
         Figure(
             section,
             "bound / on disk",
@@ -118,6 +124,13 @@ def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str],
             paired_ratios([seconds for seconds, _ in bounds], measured),
             _BOUND_TARGET,
             note=f"bound {bounds[-1][0]:.2f} s by {bounds[-1][1]}, in the last round",
+        ),
+        Figure(
+            section,
+            "shared bound / on disk",
+            "ratio",
+            paired_ratios([seconds for seconds, _ in shared], measured),
+            note=f"bound {shared[-1][0]:.2f} s by {shared[-1][1]}, in the last round",
         ),
         _agreement(section, losses),
     ]

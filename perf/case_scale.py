@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 from ..memory.budget import parse_bytes
 from ..memory.errors import OutgrowError
-from .bound import Bandwidth, Moved, least_seconds, line_through
+from .bound import Bandwidth, Moved, least_seconds, least_seconds_shared, line_through
 from .case_disk import disk_folder
 from .cgroup import CgroupUnavailable
 from .confined import Job, Outcome, run_confined
@@ -73,11 +73,13 @@ def _train(job: Job, num_parameters: int, say: Callable[[str], None]) -> Finding
         )
     say("the disk alone")
     speed = measure_disk(job.folder)
-    disk = Bandwidth(speed.read_bytes_per_s, speed.write_bytes_per_s)
+    disk = Bandwidth(speed.read_bytes_per_s, speed.write_bytes_per_s, speed.both_bytes_per_s)
     compute_s = _compute_seconds(job, say)
     moved = [Moved(r, w, {}) for r, w in zip(outcome.read_bytes, outcome.write_bytes, strict=True)]
     bounds = [least_seconds(compute_s, each, disk) for each in moved]
     shares = tuple(bound / step_s for (bound, _), step_s in zip(bounds, outcome.step_s, strict=True))
+    shared = [least_seconds_shared(compute_s, each, disk) for each in moved]
+    shared_shares = tuple(bound / step_s for (bound, _), step_s in zip(shared, outcome.step_s, strict=True))
     peak_bytes = max(outcome.resident_peak_bytes, outcome.group_peak_bytes or 0)
     return Findings(
         (
@@ -88,8 +90,13 @@ def _train(job: Job, num_parameters: int, say: Callable[[str], None]) -> Finding
             Figure(section, "written, a step", "bytes", tuple(map(float, outcome.write_bytes))),
             Figure(section, "disk, read", "GB/s", (disk.read_bytes_per_s / 1e9,)),
             Figure(section, "disk, written", "GB/s", (disk.write_bytes_per_s / 1e9,)),
+            Figure(section, "disk, both together", "GB/s", (disk.both_bytes_per_s / 1e9,)),
             Figure(section, "compute of the bound", "s", (compute_s,), note="by 1 and 3 blocks in memory"),
             Figure(section, "bound / a step", "ratio", shares, note=f"bound {bounds[-1][0]:.1f} s by {bounds[-1][1]}"),
+            Figure(
+                section, "shared bound / a step", "ratio", shared_shares,
+                note=f"bound {shared[-1][0]:.1f} s by {shared[-1][1]}",
+            ),
             Figure(
                 section, "peak / budget", "ratio", (peak_bytes / job.budget_bytes,), Target(high=1.0),
                 note=_peaks(outcome),

@@ -58,10 +58,10 @@ class DiskMember:
         self._folder = folder
 
     def step(self, index: int) -> Bandwidth:
-        """Half a GiB written and read."""
+        """Half a GiB written and read, alone and together."""
         del index
         speed = measure_disk(self._folder)
-        return Bandwidth(speed.read_bytes_per_s, speed.write_bytes_per_s)
+        return Bandwidth(speed.read_bytes_per_s, speed.write_bytes_per_s, speed.both_bytes_per_s)
 
     def close(self) -> None: ...
 

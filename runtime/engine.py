@@ -19,14 +19,13 @@ from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action
 from ..scheduler.plan import MicroBatchOrder
-from .batch import map_tensors, num_samples, num_tokens, split_batch
-from .executor import Handler
+from .batch import num_samples, num_tokens, split_batch
 from .prepared import PreparedEngine
 from .step_result import Statistics, StepResult
 from .weights import full_state_dict, write_weights
 
 if TYPE_CHECKING:
-    pass
+    from .pipelining import Pipeline
 
 __all__ = ["Engine", "Statistics", "StepResult"]
 
@@ -49,8 +48,7 @@ class Engine(PreparedEngine):
         units: names of the modules to schedule as units; None: found.
         transport: "shared-memory" or "gloo"; None: chosen by measurement.
         offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters too);
-            "host": nothing, but all of it on the host of a device with memory of its own, where "none" leaves it on
-            the device; None: as much as does not fit into the budgets.
+            None: as much as does not fit into the budget.
         activations: of units: "keep", "recompute", "offload:host", "offload:disk"; one word for all units, or one for
             each; None: "keep" where it fits.
         order: of micro-batches: "sequential" or "by-unit"; None: the leaner one where the budget asks for it.
@@ -58,6 +56,11 @@ class Engine(PreparedEngine):
             waits for the global gradient norm and something is on disk.
         filler: gives parameters without values their first ones, unit by unit.
         run_name: names the file on the disk tier.
+        pipeline: ranks that the units of the model are spread over, stage by stage; 1: every rank has all of them. The
+            other ranks share each stage's state. Ranks of one pipeline are given the same samples.
+        schedule: of the pipeline, e.g. "1f1b", "zb-v", "auto" (`outgrow schedule` shows them); None: "1f1b".
+        chunks: stages on each rank, for interleaved schedules.
+        stages: names of the units that the stages begin with; None: cut by measured seconds.
         example: a batch as `step` gets it: where memory is tight, the plan is then made here, not at the first step.
 
     Raises:
@@ -93,6 +96,8 @@ class Engine(PreparedEngine):
             if samples == 0:
                 raise ValueError("a step needs at least one sample; no rank was given any")
             self._compile(micro)
+            if self._pipeline is not None:
+                self._begin_pipeline(self._pipeline, micro, samples)
             assert self._program is not None
             self.state.begin_step()
             self._losses = {}
@@ -155,16 +160,14 @@ class Engine(PreparedEngine):
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
-        self._forget(is_over=True)  # what is in the tiers' buffers goes with them
-        if self._state is not None:
-            self._state.leave()
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._forget(is_over=True)  # what is in the tier's buffers goes with them
         try:
             if self._tier is not None:
                 self._tier.close()
                 self._tier = None
         finally:
-            if self._tiers is not None:
-                self._tiers.close()
             if self.transport is not None and not (self._state is not None and self._state.drops_copies):
                 self.transport.close()
             self.transport = None
@@ -172,6 +175,9 @@ class Engine(PreparedEngine):
     # ---- one step
 
     def _run_micro_batches(self, micro: Sequence[Any], samples: int) -> None:
+        if self._pipeline is not None:
+            self._run_pipeline(self._pipeline)
+            return
         for number, part in enumerate(micro):
             if part is None:
                 self._executor.skip_micro_batch(number)
@@ -186,6 +192,22 @@ class Engine(PreparedEngine):
                 ]
             )
 
+    def _begin_pipeline(self, pipeline: "Pipeline", micro: Sequence[Any], samples: int) -> None:
+        """A schedule of as many micro-batches as any rank of the stage has samples for."""
+        count = sum(part is not None for part in micro)
+        if self.transport is not None:
+            count = int(self.transport.gather_rows([float(count)]).max())
+        self._parts = pipeline.micro_batches(micro[:count], samples)
+        self._program = pipeline.program(count)
+        self._attempt += 1
+        pipeline.begin(self._attempt)
+
+    def _run_pipeline(self, pipeline: "Pipeline") -> None:
+        for number, part in enumerate(self._parts):
+            if part.part is None:
+                self._executor.skip_micro_batch(number)
+        pipeline.run(self._step, self._parts, self.state)
+
     def _leave_turn(self, micro_batch: int) -> None:
         self.state.stash_gradients(self._held, micro_batch)
         if not self._is_ample:
@@ -194,8 +216,9 @@ class Engine(PreparedEngine):
     def _recover(self) -> None:
         """After a failed step: as if it had not been."""
         carried = self._program.actions()[: self._program.num_carried] if self._program and self._is_carried else []
-        write: Handler = lambda action: self.state.write(action)  # noqa: E731  # opens the state only where it is needed
-        if self._recovery.recover(self._executor, self._tier, carried, write, self._forget):
+        if self._recovery.recover(
+            self._executor, self._tier, carried, lambda action: self.state.write(action), self._forget
+        ):
             self._is_carried = False
 
     def _end_last_step(self) -> None:
@@ -217,8 +240,6 @@ class Engine(PreparedEngine):
 
     def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
         weight = local / samples
-        if self._tiers is not None:
-            part = map_tensors(part, self._tiers.device.bring)
         # The model may use chunks outside of units before it comes to a unit.
         before = self._executor.await_next if self._held else lambda: None
         try:
@@ -240,9 +261,11 @@ class Engine(PreparedEngine):
         running = self._executor.running
         unit = self._hooks.name_of(running.index) if running is not None and running.index is not None else None
         self._hooks.end()
+        self._recovery.fail(self._step, error)
+        if self._pipeline is not None:
+            self._pipeline.mail.fail(f"{type(error).__name__}: {error}", self._recovery.is_lost)
         self._executor.abort(error)
         self._forget()
-        self._recovery.fail(self._step, error)
         if not hasattr(error, "outgrow_step"):
             error.outgrow_step = self._step  # pyright: ignore[reportAttributeAccessIssue]
             error.outgrow_rank = self.rank  # pyright: ignore[reportAttributeAccessIssue]
@@ -261,3 +284,5 @@ class Engine(PreparedEngine):
                 self._state.forget_buffers()
         if self._moving is not None:
             self._moving.clear()
+        if self._pipeline is not None:
+            self._pipeline.forget()

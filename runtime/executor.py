@@ -36,7 +36,6 @@ class Executor:
         handlers: what to do for each kind of action; compute kinds need none (the model is what they do).
         deadline_s: how long a wait may last in which no action at all finishes.
         clock: seconds, monotonic.
-        computed: called when the compute lane has given out all the work of an action, before that counts as done.
     """
 
     def __init__(
@@ -44,9 +43,7 @@ class Executor:
         handlers: Mapping[Kind, Handler],
         deadline_s: float = 1800.0,
         clock: Callable[[], float] = time.perf_counter,
-        computed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._computed = computed
         self._handlers = dict(handlers)
         self._deadline_s = deadline_s
         self._clock = clock
@@ -158,7 +155,8 @@ class Executor:
         order = program.by_lane.get(Lane.COMPUTE, ())
         while self._cursor < len(order):
             position = order[self._cursor]
-            if program.instructions[position].action.kind.is_compute:
+            action = program.instructions[position].action
+            if action.kind.is_compute and action.micro_batch not in self._skipped:
                 self._wait_for(position)
                 return
             self._pass(position)
@@ -185,6 +183,15 @@ class Executor:
             if found.kind is Kind.F or found.micro_batch != micro_batch:
                 return  # what is left of it, where micro-batches take turns, is passed when the others come to it
             self._pass(position)
+
+    def complete(self, actions: Set[Action]) -> None:
+        """These compute actions are over: end the last one, pass over backwards that no gradient reached."""
+        program = self._running_program()
+        self._finish_current()
+        order = program.by_lane.get(Lane.COMPUTE, ())
+        left = [at for at in order[self._cursor :] if program.instructions[at].action in actions]
+        while left and self._cursor < len(order) and order[self._cursor] <= left[-1]:
+            self._pass(order[self._cursor])
 
     def skip_micro_batch(self, micro_batch: int) -> None:
         """There is no sample for `micro_batch`: its forwards and backwards are done at once, all else runs."""
@@ -282,8 +289,6 @@ class Executor:
 
     def _mark_done(self, lane: Lane, position: int, start_s: float | None) -> None:
         program = self._running_program()  # another lane may have failed meanwhile
-        if lane is Lane.COMPUTE:
-            self._computed()
         if start_s is not None:
             instruction = program.instructions[position]
             end_s = self._clock() - self._start_s

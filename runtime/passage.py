@@ -59,15 +59,24 @@ class Passage:
         with saved_by_place(state) if state.drops_copies else nullcontext():
             output = self.forward(self.model, part)
             loss = self.call_loss(output, part)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite(hooks, value, step, number)
+        value = self.checked(loss, hooks, step, number)
         del output
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any trainable parameter: nothing can be trained")
         hooks.begin_backward()
-        loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype, device=loss.device))
+        loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
         hooks.end_backward()
+        return value
+
+    def checked(self, loss: torch.Tensor, hooks: UnitHooks, step: int, number: int) -> float:
+        """The loss's value.
+
+        Raises:
+            NotFinite: it is NaN or infinite.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._not_finite(hooks, value, step, number)
         return value
 
     def forward(self, model: nn.Module, part: Any) -> Any:

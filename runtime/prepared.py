@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,24 +16,25 @@ from torch import nn
 
 from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
 from ..memory.budget import Memory
-from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
+from ..parallel.mesh import open_mesh
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
 from ..scheduler.ledger import Ledger
-from ..scheduler.plan import Activations, Home, Plan, plan_for_zero
+from ..scheduler.plan import Home, Plan, plan_for_zero
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, split_batch
 from .constraints import Constraints, offloaded
 from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
-from .executor import Executor
+from .executor import Executor, Handler
 from .model_state import ModelState
 from .moving import MovingActivations
-from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
+from .opening import fill_with, open_moves, open_state, open_tier, recompute_units
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
+from .pipeline_words import PipelineWords
 from .planning import Planner
 from .precision import cast_buffers, compute_dtypes
 from .recompute import Recomputed
@@ -43,6 +45,8 @@ from .unit_hooks import UnitHooks
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .filling import Filler
+    from .pipelining import Pipeline
+    from .stage_pass import MicroBatch
 
 __all__ = ["PreparedEngine"]
 
@@ -73,28 +77,34 @@ class PreparedEngine(ABC):
         filler: "Filler | None" = None,
         run_name: str = "run",
         example: Any = None,
+        pipeline: int = 1,
+        schedule: str | None = None,
+        chunks: int | None = None,
+        stages: Sequence[str] | None = None,
     ) -> None:
         check_arguments(model, micro_batches, clip_grad_norm)
+        words = PipelineWords(pipeline, schedule, chunks, stages)
+        words.check(offload, activations, order, update)
         self.model = model
         dtypes = compute_dtypes(model, precision)
         self._units = find_units(model, units)
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._mesh = open_mesh(pipeline)
+        ranks = self._mesh.num_data
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
-        self.memory = (memory or Memory()).filled(ranks)
+        self.memory = (memory or Memory()).filled(self._mesh.num_ranks)
         self._constraints = Constraints(offload, activations, order, update)
         self._constraints.check(self.memory, len(self._units), clips, micro_batches)
         plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
-        plan = replace(plan, unified=not self.memory.is_separate)
         self.plan: Plan = self._constraints.applied(plan, len(self._units))
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
-        self.transport = _transport(transport) if ranks > 1 else None
+        self.transport = _transport(transport, self._mesh.data_group) if ranks > 1 else None
         dtype = torch.bfloat16 if precision == "bf16" else None
         self._passage = Passage(model, loss, forward, dtype, self.rank)
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._tiers = open_tiers() if self.memory.is_separate else None
-        self._is_ample = self._tiers is None and check_fit(model, self._layouts, self.plan, self.memory)
+        # A rank of a pipeline has a part of the model, which is known when the first batch is.
+        self._is_ample = pipeline > 1 or check_fit(model, self._layouts, self.plan, self.memory)
         if not self._is_ample:
             return_blocks_at_once()
         else:
@@ -106,23 +116,23 @@ class PreparedEngine(ABC):
         self._run_name = run_name
         self._tier: DiskTier | None = None
         self._state: ModelState | None = None
-        self._recovery = Recovery(self.rank, ranks)
-        self._executor = Executor(
-            {
-                Kind.GATHER: lambda action: self.state.gather(action),
-                Kind.DROP: lambda action: self.state.drop(action),
-                Kind.REDUCE: lambda action: self.state.reduce(action),
-                Kind.NORM: self._norm,
-                Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
-                Kind.UP: lambda action: self.state.up(action),
-                Kind.DOWN: lambda action: self.state.down(action),
-                Kind.READ: lambda action: self.state.read(action),
-                Kind.WRITE: lambda action: self.state.write(action),
-                Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
-                Kind.LOAD: lambda action: self._moving.load(action) if self._moving else None,
-            },
-            computed=lambda: self._tiers.device.computed() if self._tiers else None,
-        )
+        self._recovery = Recovery(self.rank, self._mesh.num_ranks)
+        handlers: dict[Kind, Handler] = {
+            Kind.GATHER: lambda action: self.state.gather(action),
+            Kind.DROP: lambda action: self.state.drop(action),
+            Kind.REDUCE: lambda action: self.state.reduce(action),
+            Kind.NORM: self._norm,
+            Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
+            Kind.READ: lambda action: self.state.read(action),
+            Kind.WRITE: lambda action: self.state.write(action),
+            Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
+            Kind.LOAD: lambda action: self._moving.load(action) if self._moving else None,
+        }
+        for kind in (Kind.SEND_F, Kind.SEND_B):
+            handlers[kind] = lambda action: self._pipeline.send(action) if self._pipeline else None
+        for kind in (Kind.RECV_F, Kind.RECV_B):
+            handlers[kind] = lambda action: self._pipeline.receive(action) if self._pipeline else None
+        self._executor = Executor(handlers)
         self._moving: MovingActivations | None = None
         self._recomputed: list[Recomputed] = []
         self._seed = seed
@@ -139,22 +149,29 @@ class PreparedEngine(ABC):
         self._losses: dict[int, float] = {}  # micro-batch -> its part of this rank's loss
         self._peak_slots: dict[str, int] = {}
         self._step = 0
+        self._attempt = 0
+        self._parts: Sequence[MicroBatch] = ()
         self.timeline = Timeline(())
         self.predicted: Ledger | None = None
-        self.predicted_device: Ledger | None = None
         cast_buffers(model, precision)
-        if self._is_ample or not self._constraints.open(self.memory).homes:
+        self._pipeline = self._open_pipeline(words, transport)
+        if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:
+            self._recovery.is_together = False
+        if self._pipeline is not None:
+            if example is not None:
+                self._compile(split_batch(example, micro_batches))
+        elif self._is_ample or not self._constraints.open(self.memory).homes:
             self._open_state()
         elif example is not None:
             self._compile(split_batch(example, micro_batches))
 
     @property
     def state(self) -> ModelState:
-        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on the farthest
-        tier."""
+        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on disk."""
+        if self._state is None and self._pipeline is not None:
+            raise ValueError("the stages of a pipeline are known after the first step: ask then, or give example=")
         if self._state is None:
-            farthest = Home.HOST if self.memory.disk is None else Home.DISK
-            everything = tuple(offloaded(chunk, farthest, farthest) for chunk in self.plan.chunks)
+            everything = tuple(offloaded(chunk, Home.DISK, Home.DISK) for chunk in self.plan.chunks)
             self.plan = replace(self.plan, chunks=everything)
             self._open_state()
         assert self._state is not None
@@ -162,11 +179,11 @@ class PreparedEngine(ABC):
 
     @property
     def rank(self) -> int:
-        return self.transport.rank if self.transport is not None else 0
+        return self._mesh.rank
 
     @property
     def world_size(self) -> int:
-        return self.plan.world_size
+        return self._mesh.num_ranks
 
     @property
     def transport_name(self) -> str:
@@ -178,7 +195,16 @@ class PreparedEngine(ABC):
         """What a step runs; None before the first one."""
         return self._program
 
-    def _open_state(self) -> None:
+    def _open_pipeline(self, words: PipelineWords, transport: str | None) -> "Pipeline | None":
+        if words.num_ranks == 1:
+            return None
+        from .pipelining import Pipeline, open_mail
+
+        return Pipeline(
+            words, self._mesh, open_mail(self._mesh, transport), self.model, self._units, self._passage, self._shapes
+        )
+
+    def _open_state(self, make: Callable[..., ModelState] = ModelState) -> None:
         """Put the model's state where the plan has its home."""
         self._state, self._tier = open_state(
             self.model,
@@ -191,7 +217,7 @@ class PreparedEngine(ABC):
             self.memory,
             self._run_name,
             fill_with(self._filler, self.model, self._units),
-            self._tiers,
+            make,
         )
         if self._make_lr_scheduler is not None:
             self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
@@ -204,6 +230,9 @@ class PreparedEngine(ABC):
         part = next((part for part in micro if part is not None), None)
         if part is None:
             raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
+        if self._pipeline is not None:
+            self._compile_pipeline(self._pipeline, part)
+            return
         open_ = self._constraints.open(self.memory)
         drops_copies = self._state is not None and self._state.drops_copies
         with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
@@ -227,24 +256,50 @@ class PreparedEngine(ABC):
         open_ = replace(open_, homes=open_.homes and self._state is None)
         planned = planner.plan(self.plan, open_, self._trace, self._passage.forward, self._passage.call_loss, part)
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
-        self.predicted, self.predicted_device = planned.ledger, planned.device
+        self.predicted = planned.ledger
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
         self._recomputed = recompute_units(self._units, self.plan)
         if self._program.actions(Kind.SAVE):
-            if Activations.OFFLOAD_DISK in self.plan.activations:
-                self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {}, self._tiers)
-            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
-        lay_out(self._program, self._tier, self._tiers)
+            self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {})
+            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier)
+        if self._tier is not None:
+            self._tier.lay_out(self._program)
+
+    def _compile_pipeline(self, pipeline: "Pipeline", part: Any) -> None:
+        """The stages of this rank: choose them, take over their parameters, and let go of all others."""
+        from .stage_state import StageState
+
+        self._trace = self._record(part)
+        self._hooks.follow(self._trace)
+        chosen = pipeline.choose(self._trace, part, self.plan.micro_batches)
+        dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
+        self._layouts, parts = pipeline.layouts(self._trace, chosen, part, dtypes)
+        decision = self.plan.chunks[0]
+        chunks = tuple(decision for _ in self._layouts)
+        self.plan = replace(self.plan, chunks=chunks, pipeline=chosen)
+        check_fit(self.model, self._layouts, self.plan, self.memory)
+        self._open_state(partial(StageState, parts))
+        self._recomputed = recompute_units(self._units, self.plan)
+        shape = pipeline.open(self._trace, self.plan, self._layouts, parts.peers, self._hooks, self._executor, part)
+        self._held = shape.held
+        self._program = pipeline.program(self.plan.micro_batches)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
 
     def _record(self, part: Any) -> Trace:
-        shapes = {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
-        return trace_model(self.model, self._units, self._passage.forward, part, shapes)
+        return trace_model(self.model, self._units, self._passage.forward, part, self._shapes)
 
     def _install_hooks(self) -> UnitHooks:
         return UnitHooks(
-            self._units, self._executor, (self._seed, self.rank), self._passage.input_dtype, self._turns.advance_to
+            self._units,
+            self._executor,
+            (self._seed, self._mesh.data_rank),
+            self._passage.input_dtype,
+            self._turns.advance_to,
         )
 
     @abstractmethod
@@ -260,8 +315,8 @@ class PreparedEngine(ABC):
         """The model with all its weights in place."""
 
 
-def _transport(kind: str | None) -> "Transport":
+def _transport(kind: str | None, group: "dist.ProcessGroup | None") -> "Transport":
     """Loaded where there are several ranks only: its compiled kernels take 100 MB of memory."""
     from ..parallel.collectives import open_transport
 
-    return open_transport(kind=kind)
+    return open_transport(group, kind)

@@ -25,11 +25,15 @@ class Recovery:
     Args:
         num_ranks: with several, a step that fails once it has begun cannot be taken back: the ranks would no longer be
             at the same collective.
+
+    Attributes:
+        is_together: whether that is so. Ranks that only send each other messages of one step begin the next one anew.
     """
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
+        self.is_together = num_ranks > 1
         self._pid = os.getpid()
         self._has_begun = False
         self._has_updated = False
@@ -68,7 +72,7 @@ class Recovery:
         self._has_failed = True
         if self._has_updated:
             why = "after some of the model's chunks had been updated and others not"
-        elif self._has_begun and self._num_ranks > 1:
+        elif self._has_begun and self.is_together:
             why = f"while {self._num_ranks} ranks were exchanging data, and they are no longer at the same place"
         else:
             return

@@ -26,7 +26,7 @@ from ..scheduler.trace import Trace
 from .batch import cast_floats
 from .executor import Executor
 
-__all__ = ["Moving", "UnitHooks", "seed_for"]
+__all__ = ["Moving", "Pass", "StageEnd", "UnitHooks", "seed_for"]
 
 
 def seed_for(*parts: int) -> int:
@@ -46,13 +46,28 @@ class Moving(Protocol):
         ...
 
 
+class StageEnd(BaseException):
+    """The last unit of a stage has run: what follows in the model's forward is for other stages.
+
+    Attributes:
+        output: of that unit.
+    """
+
+    def __init__(self, output: Any) -> None:
+        super().__init__("the last unit of a stage has run")
+        self.output = output
+
+
 @dataclass
-class _Pass:
+class Pass:
     """One micro-batch on its way through the model, in a thread of its own where micro-batches take turns."""
 
     micro_batch: int
+    runs: range  # unit runs that compute in this pass; those before are left out, those after are not come to
+    num_runs: int  # of the model
     next: int = 0  # unit run that comes
     phase: str = "forward"
+    backward_kind: Kind = Kind.B
     backward: int | None = None  # unit run whose backward goes on
     saving: AbstractContextManager[None] | None = None  # open while a unit runs whose activations move
     outputs: list[tuple[int, list[torch.Tensor]]] = field(default_factory=list)
@@ -99,26 +114,45 @@ class UnitHooks:
         for run, call in enumerate(trace.calls):
             self._runs_of.setdefault(call.unit, []).append(run)
 
-    def begin_forward(self, step: int, micro_batch: int) -> None:
-        """This thread takes a micro-batch through the model."""
-        self._step = step
-        self._local.current = _Pass(micro_batch)
-        self._seed(-1, micro_batch)
+    def begin_forward(self, step: int, micro_batch: int, runs: range | None = None) -> Pass:
+        """This thread takes a micro-batch through the model, or through one stage of it.
 
-    def begin_backward(self) -> None:
+        Args:
+            runs: of the stage. After its last unit, where that is not the model's last, `StageEnd` is raised.
+        """
+        assert self._trace is not None
+        self._step = step
+        num_runs = len(self._trace.calls)
+        current = self._local.current = Pass(micro_batch, runs or range(num_runs), num_runs)
+        self._seed(-1, micro_batch)
+        return current
+
+    def end_forward(self) -> None:
         """Every unit has run.
 
         Raises:
             OutOfOrder: fewer units ran than were recorded.
         """
-        assert self._trace is not None
+        current = self._current
+        assert current is not None
+        if current.next < current.runs.stop:
+            raise self._out_of_order(None, current)
+        current.outputs = []
+
+    def begin_backward(self, earlier: Pass | None = None, kind: Kind = Kind.B) -> None:
+        """The backward of this thread's micro-batch begins, or that of an earlier pass.
+
+        Raises:
+            OutOfOrder: fewer units ran than were recorded.
+        """
+        if earlier is not None:
+            self._local.current = earlier
+        self.end_forward()
         current = self._current
         assert current is not None
         current.backward = None
-        if current.next < len(self._trace.calls):
-            raise self._out_of_order(None, current)
         current.phase = "backward"
-        current.outputs = []
+        current.backward_kind = kind
 
     def end_backward(self) -> None:
         """The backward of this thread's micro-batch is over."""
@@ -135,8 +169,13 @@ class UnitHooks:
         self._local.current = None
 
     @property
-    def _current(self) -> _Pass | None:
+    def _current(self) -> Pass | None:
         return getattr(self._local, "current", None)
+
+    def run_in_forward(self) -> tuple[Pass, int] | None:
+        """The pass and the unit run that this thread is in, where it is in a forward."""
+        current = self._current
+        return None if current is None or current.phase != "forward" else (current, current.next - 1)
 
     def first_not_finite(self) -> str | None:
         """Name of the first unit whose output in this forward pass holds a NaN or an infinity."""
@@ -164,6 +203,8 @@ class UnitHooks:
                 if run >= len(self._trace.calls) or self._trace.calls[run].unit != unit:
                     raise self._out_of_order(unit, current)
                 current.next += 1
+                if run not in current.runs:
+                    return None  # left out
                 self._advance(Action(Kind.F, run, current.micro_batch))
                 self._seed(run, current.micro_batch)
                 if self.moving is not None and torch.is_grad_enabled():
@@ -193,6 +234,9 @@ class UnitHooks:
                 return
             assert self._trace is not None
             run = current.next - 1
+            self._seed(run, current.micro_batch, after=True)  # for code between units, also where the unit was left out
+            if run not in current.runs:
+                return
             inputs = {id(leaf) for leaf in tree_leaves(args)}
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
             floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
@@ -203,25 +247,27 @@ class UnitHooks:
             reached = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in inputs]
             if reached and self._trace.calls[run].has_backward:
                 register_multi_grad_hook(reached, lambda _grad: self._enter_backward(current, run), mode="any")
+            if run + 1 == current.runs.stop < current.num_runs:
+                raise StageEnd(output)
 
         return hook
 
-    def _enter_backward(self, current: _Pass, run: int) -> None:
+    def _enter_backward(self, current: Pass, run: int) -> None:
         self._leave_backward(current)
-        self._advance(Action(Kind.B, run, current.micro_batch))
+        self._advance(Action(current.backward_kind, run, current.micro_batch))
         current.backward = run
 
-    def _leave_backward(self, current: _Pass) -> None:
+    def _leave_backward(self, current: Pass) -> None:
         """Before the program takes note of the end of a unit's backward: its loaded activations are forgotten."""
         if current.backward is not None and self.moving is not None:
             self.moving.release(current.backward, current.micro_batch)
         current.backward = None
 
-    def _seed(self, run: int | None, micro_batch: int) -> None:
-        parts = (*self._seeds, self._step, -1 if run is None else run, micro_batch)
+    def _seed(self, run: int, micro_batch: int, after: bool = False) -> None:
+        parts = (*self._seeds, self._step, run, micro_batch, *([1] if after else []))
         torch.random.default_generator.manual_seed(seed_for(*parts))
 
-    def _out_of_order(self, unit: int | None, current: _Pass) -> OutOfOrder:
+    def _out_of_order(self, unit: int | None, current: Pass) -> OutOfOrder:
         assert self._trace is not None
         recorded = [self.name_of(run) for run in range(len(self._trace.calls))]
         now = [*recorded[: current.next], "the end of the forward pass" if unit is None else self._units[unit].name]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .model_state import ModelState
+from .stage_state import StageState
 
 __all__ = ["DTYPES", "aliases_of", "full_state_dict", "load_weights", "write_safetensors", "write_weights"]
 
@@ -63,8 +64,7 @@ def full_state_dict(model: nn.Module, state: ModelState, dtypes: Mapping[str, to
         dtypes: parameter name -> dtype that the model had when it was given.
     """
     stored = {
-        name: value.to("cpu", dtypes.get(name, value.dtype), copy=True)
-        for name, value in _values_by_chunk(model, state)
+        name: value.to(dtypes.get(name, value.dtype), copy=True) for name, value in _values_by_chunk(model, state)
     }
     return {name: stored[source] for name, source in _sources(model).items()}
 
@@ -81,13 +81,11 @@ def write_weights(
         ValueError: a dtype that the format does not have.
         OSError: the file cannot be written; the other ranks are not kept waiting, and an old file stays.
     """
-    fields = {item.name: item for chunk in state.chunks for item in chunk.layout.fields}  # the chunk may not be here
+    shapes = _shapes(state)  # the chunk may not be here
     buffers = dict(model.named_buffers(remove_duplicate=False))
     sources = _sources(model)
     frame = {
-        name: (dtypes[name], fields[name].shape)
-        if name in fields
-        else (buffers[name].dtype, tuple(buffers[name].shape))
+        name: (dtypes[name], shapes[name]) if name in shapes else (buffers[name].dtype, tuple(buffers[name].shape))
         for name in dict.fromkeys(sources.values())
     }
     aliases = {name: source for name, source in sources.items() if name != source}
@@ -159,6 +157,9 @@ def load_weights(path: Path | str) -> dict[str, torch.Tensor]:
 def _values_by_chunk(model: nn.Module, state: ModelState) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter, chunk by chunk, then of every persistent buffer, each under the name that it
     is stored under. A value is there until the next one is asked for. Collective."""
+    if isinstance(state, StageState):
+        yield from state.everything(frozenset(_sources(model).values()))
+        return
     for index in range(len(state.chunks)):
         with state.gathered_chunk(index) as values:
             for name, value in values.items():
@@ -167,6 +168,13 @@ def _values_by_chunk(model: nn.Module, state: ModelState) -> Iterator[tuple[str,
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in stored:
             yield name, state.from_first_rank(buffer.detach())
+
+
+def _shapes(state: ModelState) -> dict[str, tuple[int, ...]]:
+    """Of every parameter of the model."""
+    if isinstance(state, StageState):
+        return {name: tuple(shape) for name, (shape, _) in state.parts.shapes.items()}
+    return {item.name: item.shape for chunk in state.chunks for item in chunk.layout.fields}
 
 
 def _sources(model: nn.Module) -> dict[str, str]:

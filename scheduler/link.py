@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..memory.arena import Lifetime, meet, place_buffers
 from ..memory.direct_io import round_up
-from ..parallel.actions import Action, Kind
+from ..parallel.actions import Action, Kind, Target
 from .moves import DEVICE_COPY, Item, MovedActions, gathers, item_bytes, needed_chunks
 from .plan import Activations, Plan, UpdateTime
 from .program import Buffer, Instruction, Lane, Program, StepShape
@@ -226,6 +226,8 @@ def _num_bytes(action: Action, shape: StepShape) -> int:
         return round_up(shape.units[action.index].saved_bytes)
     if action.kind is Kind.UP:
         return shape.chunks[action.index].param_bytes
+    if action.kind.target is Target.STAGE:
+        return shape.crossing_bytes(action)
     return shape.chunks[action.index].num_bytes if action.kind in (Kind.GATHER, Kind.REDUCE, Kind.DOWN) else 0
 
 
@@ -244,7 +246,11 @@ def _lane(action: Action, shape: StepShape, plan: Plan) -> Lane:
             return Lane.D2H if _goes_to_host(action, shape, plan) else Lane.WRITE
         case Kind.LOAD:
             return Lane.H2D if _goes_to_host(action, shape, plan) else Lane.READ
+        case Kind.SEND_F | Kind.RECV_F | Kind.SEND_B | Kind.RECV_B:
+            return Lane.NET
         case Kind.GATHER | Kind.REDUCE | Kind.NORM if plan.world_size > 1:
+            return Lane.NET
+        case Kind.REDUCE | Kind.NORM if plan.pipeline is not None:
             return Lane.NET
         case Kind.REDUCE if c is not None and plan.updates_on_host(c):
             return Lane.D2H  # behind the gradients that it adds, so that computing does not wait for them
@@ -277,14 +283,26 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
         case Kind.F:
             assert c is not None
             # Code behind the last unit, and its backward, is part of the last forward.
-            held = shape.held if c == len(shape.units) - 1 else ()
+            held = shape.held if c == len(shape.units) - 1 and not shape.starts else ()
             grads = [f"grad {chunk}" for chunk in held if shape.chunks[chunk].trainable]
-            return [f"full {chunk}" for chunk in needed_chunks(shape, c)], [f"act {c}.{m}", *grads]
-        case Kind.B:
+            given = [f"in {shape.stage_of(c)}.{m}"] if shape.starts else []
+            return [*(f"full {chunk}" for chunk in needed_chunks(shape, c)), *given], [f"act {c}.{m}", *grads]
+        case Kind.B | Kind.I | Kind.W:
             assert c is not None
             chunks = needed_chunks(shape, c)
             grads = [f"grad {chunk}" for chunk in chunks if shape.chunks[chunk].trainable]
-            return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}"], grads
+            stage = shape.stage_of(c)
+            crosses = shape.starts and action.kind is not Kind.W
+            given, made = ([f"back {stage}.{m}"], [f"on {stage}.{m}"]) if crosses else ([], [])
+            return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}", *given], [*grads, *made]
+        case Kind.SEND_F:
+            return [f"act {shape.last_run(c)}.{m}"], []
+        case Kind.RECV_F:
+            return [], [f"in {c}.{m}"]
+        case Kind.SEND_B:
+            return [f"on {c}.{m}"], []
+        case Kind.RECV_B:
+            return [], [f"back {c}.{m}"]
         case Kind.SAVE:
             return [f"act {c}.{m}"], [f"away {c}.{m}"]
         case Kind.LOAD:

@@ -130,7 +130,7 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     result: list[Action] = []
     for position, action in enumerate(actions):
         result.append(action)
-        if action.kind is Kind.B:
+        if action.kind is Kind.B or action.kind is Kind.W:
             chunks = complete_after.get(action.index, [])
             result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in chunks]
         if action.kind.is_compute and last_of[action.micro_batch] == position:
@@ -165,7 +165,7 @@ def add_updates(actions: Sequence[Action], shape: StepShape, update: UpdateTime 
                 position
                 for position, action in enumerate(actions)
                 if (action.kind is Kind.REDUCE and action.index == chunk)
-                or (action.kind is Kind.B and action.index == complete)
+                or (action.kind in (Kind.B, Kind.W) and action.index == complete)
             ),
             default=end,
         )

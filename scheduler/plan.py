@@ -12,7 +12,17 @@ from typing import Any
 
 from ..memory.chunk import ChunkLayout
 
-__all__ = ["Activations", "ChunkPlan", "GatheredFor", "Home", "MicroBatchOrder", "Plan", "UpdateTime", "plan_for_zero"]
+__all__ = [
+    "Activations",
+    "ChunkPlan",
+    "GatheredFor",
+    "Home",
+    "MicroBatchOrder",
+    "PipelinePlan",
+    "Plan",
+    "UpdateTime",
+    "plan_for_zero",
+]
 
 
 class GatheredFor(StrEnum):
@@ -101,6 +111,36 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """How the model is cut into stages, and in which order they work.
+
+    Attributes:
+        num_ranks: of each pipeline.
+        schedule: one of `scheduler/pipelines.NAMES`.
+        placement: rank of each stage.
+        starts: first unit run of each stage.
+        seconds: of F, I and W for each stage, as measured; empty: equal ones.
+
+    Raises:
+        ValueError: stages, starts and seconds that do not belong together.
+    """
+
+    num_ranks: int
+    schedule: str
+    placement: tuple[int, ...]
+    starts: tuple[int, ...]
+    seconds: tuple[tuple[float, float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if set(self.placement) != set(range(self.num_ranks)):
+            raise ValueError(f"stages are placed on ranks {self.placement}, and there are {self.num_ranks}")
+        if len(self.starts) != len(self.placement) or len(self.seconds) not in (0, len(self.placement)):
+            raise ValueError(
+                f"{len(self.placement)} stages have {len(self.starts)} starts and seconds of {len(self.seconds)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is run.
 
@@ -116,6 +156,7 @@ class Plan:
         order: of micro-batches.
         update: when chunks are updated.
         unified: whether device and host are the same bytes, so that moving between them is free.
+        pipeline: the stages; None: every rank has all of the model. `world_size` counts the ranks of one stage.
         cache_bytes: host memory for parameters whose home is the disk; those used soonest stay in it. At least what
             one unit and the next need is always given.
         device_cache_bytes: likewise device memory for copies of parameters whose home is not the device.
@@ -138,6 +179,7 @@ class Plan:
     unified: bool = True
     cache_bytes: int = 0
     device_cache_bytes: int = 0
+    pipeline: PipelinePlan | None = None
 
     def __post_init__(self) -> None:
         if self.clips_gradients and self.update is UpdateTime.BACKWARD:
@@ -196,7 +238,8 @@ class Plan:
             chunks = tuple(_chunk_from(chunk) for chunk in fields["chunks"])
             activations = tuple(Activations(word) for word in fields.get("activations", ()))
             words = {"order": MicroBatchOrder, "update": UpdateTime}
-            choices = {name: kind(fields[name]) for name, kind in words.items() if name in fields}
+            choices: dict[str, Any] = {name: kind(fields[name]) for name, kind in words.items() if name in fields}
+            choices |= {"pipeline": _pipeline_from(fields["pipeline"])} if fields.get("pipeline") else {}
             return cls(**{**fields, "chunks": chunks, "activations": activations, **choices})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
@@ -207,6 +250,11 @@ def _chunk_from(fields: dict[str, Any]) -> ChunkPlan:
     if "gathered_for" not in fields:
         raise KeyError("gathered_for")
     return ChunkPlan(**{name: kinds[name](value) if name in kinds else value for name, value in fields.items()})
+
+
+def _pipeline_from(fields: dict[str, Any]) -> PipelinePlan:
+    lists = {name: tuple(fields[name]) for name in ("placement", "starts")}
+    return PipelinePlan(**{**fields, **lists, "seconds": tuple(tuple(each) for each in fields.get("seconds", ()))})
 
 
 def plan_for_zero(

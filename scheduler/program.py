@@ -69,11 +69,30 @@ class StepShape:
         units: in the order in which they run.
         chunks: by index.
         held: chunks used outside of any unit: needed from a micro-batch's first action to its last.
+        starts: first unit run of each pipeline stage; empty: there are none.
+        border_bytes: of what the stage gets from the one before, for each stage.
     """
 
     units: tuple[UnitUse, ...]
     chunks: tuple[ChunkUse, ...]
     held: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    border_bytes: tuple[int, ...] = ()
+
+    def stage_of(self, run: int) -> int:
+        """The pipeline stage of a unit run; 0 where there are none."""
+        return max((stage for stage, start in enumerate(self.starts) if start <= run), default=0)
+
+    def last_run(self, stage: int | None) -> int:
+        """The last unit run of a pipeline stage."""
+        assert stage is not None
+        return [*self.starts[1:], len(self.units)][stage] - 1
+
+    def crossing_bytes(self, transfer: Action) -> int:
+        """What a SEND or RECV moves."""
+        assert transfer.index is not None
+        into = transfer.index + (transfer.kind in (Kind.SEND_F, Kind.RECV_B))
+        return self.border_bytes[into] if into < len(self.border_bytes) else 0
 
     def uses(self, unit: int) -> tuple[int, ...]:
         """Chunks that unit run `unit` needs, those held for the whole micro-batch not counted."""
@@ -160,10 +179,6 @@ class Program:
         """Buffers that still hold what the step before left in them: their READ moves nothing."""
         reads = (i.action for i in self.instructions if i.action.kind is Kind.READ and not i.num_bytes)
         return frozenset(f"c{action.index}:{action.slot}" for action in reads)
-
-    def places(self, tier: str) -> dict[str, tuple[int, int]]:
-        """Buffer of a tier -> its first byte and its bytes in that tier's arena."""
-        return {b.name: (b.start_bytes, b.num_bytes) for b in self.buffers if b.tier == tier}
 
     def without_carried(self) -> "Program":
         """The program of a first step, which has no step before it: what is kept from step to step is read."""

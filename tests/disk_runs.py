@@ -66,6 +66,14 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
+@contextmanager
+def tier_of(io: DirectIO | None, deadline_s: float = 20.0) -> Iterator[None]:
+    """Disk tiers that are opened meanwhile are the real ones, with these system calls."""
+    tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s, depth=1)
+    with mock.patch.object(opening_module, "DiskTier", tier):
+        yield
+
+
 def make(
     folder: Path | str | None,
     io: DirectIO | None = None,
@@ -78,8 +86,7 @@ def make(
     the disk in the order of the program."""
     memory = None if folder is None else Memory(disk=folder, disk_limit=disk_limit)
     settings = {"offload": "none" if folder is None else "all", "run_name": "demo"} | settings
-    tier = functools.partial(DiskTier, io=io, deadline_s=deadline_s, depth=1)
-    with mock.patch.object(opening_module, "DiskTier", tier):  # the tier itself, with other system calls
+    with tier_of(io, deadline_s):
         return Engine(model(), optimizer=adamw, loss=nn.CrossEntropyLoss(), memory=memory, seed=1, **settings)
 
 

@@ -20,6 +20,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "turns": ((1, None), (3, "sequential"), (3, "by-unit")),
     "updates": ("after", "backward", "clipped"),
     "offload": ("all", "optimizer", "none"),
+    "activations": ("keep", "recompute", "offload:host", "offload:disk"),
     "prefetch": (0, 1, 3),
     "cache_bytes": (0, 1 << 14, 1 << 30),
 }
@@ -49,7 +50,7 @@ def layout(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def places(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("zero", "transport", "offload", "prefetch", "cache_bytes")
+    kept = ("zero", "transport", "offload", "activations", "prefetch", "cache_bytes")
     update = {} if row["updates"] == "clipped" else {"update": row["updates"]}
     return {key: row[key] for key in kept} | update | {"order": row["turns"][1]}
 

@@ -23,8 +23,10 @@ def test_it_says_what_it_measured_and_cleans_up(tmp_path: Path, monkeypatch: pyt
     speed = measure_disk(tmp_path, num_bytes=3 << 20, block_bytes=64 << 10, depth=2)
     assert speed.read_bytes_per_s > 0
     assert speed.write_bytes_per_s > 0
+    assert speed.both_bytes_per_s > 0
     assert (speed.num_bytes, speed.block_bytes, speed.depth) == (3 << 20, 64 << 10, 2)
-    assert moved == [(2 * (3 << 20), 3 << 20, 3)]  # the first pass of writes is not timed
+    half = 3 << 19
+    assert moved == [(2 * (3 << 20) + half, (3 << 20) + half, 3)]  # the first pass of writes is not timed
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,12 +62,14 @@ def test_the_share_of_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: dict[str, list[Any]] = {
         "in memory": [answer(1.0, 3.0), answer(5.0, 2.5)],
         "on disk": [answer(4.0, 3.0, moved), answer(6.25, 2.5, moved)],
-        "disk lanes": [Bandwidth(100.0, 100.0), Bandwidth(100.0, 100.0)],
+        "disk lanes": [Bandwidth(100.0, 100.0, 100.0), Bandwidth(100.0, 100.0, 50.0)],
     }
     losses = {name: [3.0, 2.5] for name in ("in memory", "on disk")}
     monkeypatch.setattr(case_offload, "_measure", lambda *_: (turns, losses))
     figures = case_offload._disk_bound("S", "/folder", Options(), lambda line: None)
     assert figure(figures, "bound / on disk").samples == (0.75, 0.8)
+    assert figure(figures, "shared bound / on disk").samples == (1.0, 1.28)
+    assert "by both" in figure(figures, "shared bound / on disk").note
     assert "by compute" in figure(figures, "bound / on disk").note
     assert figure(figures, "steps whose losses differ").is_met is True
 

@@ -285,8 +285,8 @@ def test_on_one_rank_in_bf16_gradients_are_still_summed_in_float32():
 
 
 def test_an_action_that_no_pass_makes_is_our_own_mistake():
-    with pytest.raises(AssertionError, match=r"SEND_F s0\.0"):
-        link(MovedActions(read("SEND_F s0.0"), {}), CHAIN, plan_of(3))
+    with pytest.raises(AssertionError, match=r"R0\.0"):
+        link(MovedActions(read("R0.0"), {}), CHAIN, plan_of(3))
 
 
 # ---- what holds for every program

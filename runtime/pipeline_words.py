@@ -1,0 +1,70 @@
+"""What a caller says about pipelines.
+
+Owns the words and the checks that need neither a model nor ranks. Does not own carrying them out (`pipelining.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..scheduler.pipelines import LOOP_NAMES, NAMES
+
+__all__ = ["PipelineWords"]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineWords:
+    """What the caller said.
+
+    Attributes:
+        num_ranks: of each pipeline; 1: there is none.
+        schedule: a name of `scheduler/pipelines.py`; None: 1f1b.
+        chunks: stages on each rank of a loop.
+        stages: names of the units that stages begin with; None: cut by measured costs.
+    """
+
+    num_ranks: int = 1
+    schedule: str | None = None
+    chunks: int | None = None
+    stages: Sequence[str] | None = None
+
+    def check(
+        self,
+        offload: str | None = None,
+        activations: str | Sequence[str] | None = None,
+        order: str | None = None,
+        update: str | None = None,
+    ) -> None:
+        """Raise ValueError where the words cannot be, whatever the model.
+
+        Args: those of the engine that do not go with every pipeline.
+        """
+        if isinstance(self.num_ranks, bool) or not isinstance(self.num_ranks, int) or self.num_ranks < 1:
+            raise ValueError(f"pipeline={self.num_ranks!r}: the number of ranks of a pipeline, 1 for none")
+        if self.num_ranks == 1:
+            for name in ("schedule", "chunks", "stages"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for pipelines: give pipeline=2 or more, or leave it out"
+                    )
+        if self.schedule is not None and self.schedule not in NAMES:
+            raise ValueError(f"schedule={self.schedule!r}: there is {', '.join(NAMES)}")
+        if self.chunks is not None and (isinstance(self.chunks, bool) or self.chunks < 1):
+            raise ValueError(f"chunks={self.chunks!r}: stages on each rank, 1 or more")
+        if self.chunks is not None and self.schedule not in (*LOOP_NAMES, "auto"):
+            raise ValueError(
+                f"chunks={self.chunks} is for schedules on a loop ({', '.join(LOOP_NAMES)}); schedule="
+                f"{self.schedule or '1f1b'!r} has a fixed number of stages on each rank"
+            )
+        if self.num_ranks > 1:
+            words = (activations,) if isinstance(activations, str) else tuple(activations or ())
+            if offload not in (None, "none") or any(word.startswith("offload") for word in words):
+                raise ValueError(
+                    "offload= and activations='offload:...' are not for pipelines yet: a stage keeps its state and "
+                    "activations in memory; take more pipeline ranks, activations='recompute', or no pipeline"
+                )
+            if order is not None:
+                raise ValueError(f"order={order!r}: in a pipeline the schedule says in which order micro-batches go")
+            if update == "backward":
+                raise ValueError(
+                    "update='backward' is not for pipelines: their steps end with the norm of all gradients"
+                )

@@ -1,0 +1,316 @@
+"""A pipeline on this rank: from the caller's words to stages, state and programs, and a step of them.
+
+Owns the order of these things. Does not own choosing (`scheduler/stage_choice.py`), programs
+(`scheduler/pipeline_program.py`), passes (`stage_pass.py`) nor the rest of a step (`engine.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..memory.chunk import ChunkLayout
+from ..parallel.actions import Action
+from ..parallel.mail import Mail, SharedMail
+from ..parallel.mesh import Mesh
+from ..parallel.message_mail import MessageMail
+from ..parallel.stage_chunks import holders_of, stage_chunks
+from ..parallel.units import Unit
+from ..scheduler.dataflow import Flow, check_borders, trace_flow
+from ..scheduler.pipeline_check import validate
+from ..scheduler.pipeline_data import Schedule
+from ..scheduler.pipeline_program import Stages, check_program, compile_stages
+from ..scheduler.plan import PipelinePlan, Plan
+from ..scheduler.program import Program, StepShape
+from ..scheduler.stage_choice import choose_stages, schedule_of
+from ..scheduler.trace import Trace
+from ..scheduler.twin import Shapes
+from .batch import num_samples
+from .executor import Executor
+from .model_state import ModelState
+from .passage import Passage
+from .pipeline_words import PipelineWords
+from .stage_pass import MicroBatch, StagePasses
+from .stage_state import StageParts
+from .step_shape import step_shape
+from .unit_costs import measure_units
+from .unit_hooks import UnitHooks
+
+__all__ = ["Pipeline", "open_mail"]
+
+
+def open_mail(mesh: Mesh, transport: str | None) -> Mail:
+    """The mail of this rank's pipeline. Collective.
+
+    Raises:
+        ValueError: shared memory was asked for where ranks cannot share it.
+    """
+    assert mesh.pipeline_group is not None
+    if transport == "gloo":
+        return MessageMail(mesh.pipeline_group)
+    try:
+        return SharedMail(mesh.pipeline_group)
+    except OSError as error:
+        if transport is not None:
+            raise ValueError(f"transport={transport!r}: {error}; use transport='gloo'") from None
+        return MessageMail(mesh.pipeline_group)
+
+
+class Pipeline:
+    """The stages of one rank, from the first batch on.
+
+    Args:
+        shapes: of all parameters of the model.
+        micro_batches: of a full batch.
+    """
+
+    def __init__(
+        self,
+        words: PipelineWords,
+        mesh: Mesh,
+        mail: Mail,
+        model: nn.Module,
+        units: Sequence[Unit],
+        passage: Passage,
+        shapes: Shapes,
+    ) -> None:
+        self.mail = mail
+        self._words = words
+        self._mesh = mesh
+        self._model = model
+        self._units = units
+        self._passage = passage
+        self._shapes = shapes
+        self._flows: dict[Any, Flow] = {}
+        self._schedules: dict[int, tuple[Schedule, Program]] = {}
+        self._passes: StagePasses | None = None
+        self._compiled: Any = None
+        self.stages: Stages | None = None
+
+    # ---- before the first step
+
+    def choose(self, trace: Trace, part: Any, micro_batches: int) -> PipelinePlan:
+        """Stages and their schedule. Collective.
+
+        Raises:
+            ValueError: a model that cannot be cut so; says why.
+        """
+        flow = self._flow(part)
+        names = [self._units[call.unit].name for call in trace.calls]
+        starts = self._given_starts(names)
+        allowed = [self._may_start(flow, names, run) for run in range(len(names))]
+        seconds = measure_units(self._units, trace, flow, self._passage, self._model, self._shapes, part) if (
+            self.mail.rank == 0 and self._mesh.data_rank == 0
+        ) else None  # fmt: skip
+        seconds = _from_first(seconds)
+        plan = choose_stages(
+            self._words.schedule or "1f1b",
+            self._mesh.num_pipeline,
+            micro_batches,
+            seconds,
+            self._words.chunks,
+            starts,
+            allowed,
+        )
+        check_borders(flow, names, plan.starts)
+        return plan
+
+    def _given_starts(self, names: Sequence[str]) -> list[int] | None:
+        if self._words.stages is None:
+            return None
+        starts = []
+        for name in self._words.stages:
+            if name not in names:
+                raise ValueError(f"stages: {name!r} is no unit that this model runs; it runs {', '.join(names)}")
+            starts.append(names.index(name))
+        return starts if starts and starts[0] == 0 else [0, *starts]
+
+    def _may_start(self, flow: Flow, names: Sequence[str], run: int) -> bool:
+        if run == 0:
+            return True
+        try:
+            check_borders(flow, names, [0, run])
+        except ValueError:
+            return False
+        return True
+
+    def layouts(
+        self, trace: Trace, plan: PipelinePlan, part: Any, dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[tuple[ChunkLayout, ...], StageParts]:
+        """This rank's chunks, and who has what."""
+        flow = self._flow(part)
+        with_gradient = tuple(
+            start > 0 and any(spec.requires_grad for spec in flow.outputs[start - 1].specs) for start in plan.starts
+        )
+        self.stages = Stages(plan.starts, len(trace.calls), plan.placement, with_gradient)
+        used = []
+        for stage in range(len(plan.starts)):
+            names: set[str] = set()
+            for run in self.stages.runs(stage):
+                names |= trace.calls[run].parameters | flow.parameters[run]
+            used.append(frozenset(names | (flow.parameters[-1] if stage == len(plan.starts) - 1 else set())))
+        holders = holders_of(self._model, used, plan.placement)
+        rank = self._mesh.pipeline_rank
+        layouts, peers = stage_chunks(self._model, self._units, holders, rank, self._mesh.num_data, dict(dtypes))
+        parts = StageParts(self.mail, peers, self._plain_shapes(), self._buffers_of(trace, rank))
+        return layouts, parts
+
+    def _plain_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (tuple(shape), dtype) for name, (shape, dtype) in self._shapes.items()}
+
+    def _buffers_of(self, trace: Trace, rank: int) -> frozenset[str]:
+        assert self.stages is not None
+        local = {trace.calls[run].unit for stage in self.stages.on(rank) for run in self.stages.runs(stage)}
+        everywhere = [unit for index, unit in enumerate(self._units) if index in {c.unit for c in trace.calls}]
+        inside = {
+            f"{unit.name}.{name}"
+            for unit in everywhere
+            for name, _ in unit.module.named_buffers(remove_duplicate=False)
+        }
+        own = {
+            f"{self._units[index].name}.{name}"
+            for index in local
+            for name, _ in self._units[index].module.named_buffers(remove_duplicate=False)
+        }
+        outside = {name for name, _ in self._model.named_buffers(remove_duplicate=False)} - inside
+        return frozenset(own | (outside if rank == 0 else set()))
+
+    def open(
+        self,
+        trace: Trace,
+        plan: Plan,
+        layouts: Sequence[ChunkLayout],
+        peers: Mapping[int, tuple[int, ...]],
+        hooks: UnitHooks,
+        executor: Executor,
+        part: Any,
+    ) -> StepShape:
+        """Make ready for steps."""
+        assert self.stages is not None
+        assert plan.pipeline is not None
+        has_backward = [call.has_backward for call in trace.calls]
+        shape = self._shape(trace, plan, layouts, part)
+        self._compiled = (shape, plan, sorted(peers))
+        splits = any(a.kind.name == "W" for order in schedule_of(plan.pipeline, 2).orders for a in order)
+        self._passes = StagePasses(
+            self._passage, self._units, hooks, executor, self.stages, self.mail, splits, has_backward,
+            self._own_chunks(shape),
+        )  # fmt: skip
+        self._passes.install()
+        return shape
+
+    def _own_chunks(self, shape: StepShape) -> list[list[int]]:
+        """For each stage, the chunks that no other stage of this rank uses."""
+        assert self.stages is not None
+        used = [
+            {chunk for run in self.stages.runs(stage) for chunk in shape.uses(run)}
+            for stage in range(len(self.stages.starts))
+        ]
+        return [sorted(own.difference(*(other for other in used if other is not own))) for own in used]
+
+    def _shape(self, trace: Trace, plan: Plan, layouts: Sequence[ChunkLayout], part: Any) -> StepShape:
+        assert self.stages is not None
+        held = {item.name for layout in layouts for item in layout.fields}
+        local = {run for stage in self.stages.on(self._mesh.pipeline_rank) for run in self.stages.runs(stage)}
+        calls = tuple(
+            replace(call, parameters=call.parameters & held if run in local else frozenset())
+            for run, call in enumerate(trace.calls)
+        )
+        own = replace(trace, calls=calls, between=trace.between & held)
+        shape = step_shape(own, self._units, layouts, plan, [None] * len(layouts))
+        flow = self._flow(part)
+        border = tuple(0 if not start else flow.outputs[start - 1].num_bytes for start in self.stages.starts)
+        return replace(shape, starts=self.stages.starts, border_bytes=border)
+
+    # ---- a step
+
+    def program(self, micro_batches: int) -> Program:
+        """For so many micro-batches: a last batch may have fewer."""
+        return self._scheduled(micro_batches)[1]
+
+    def _scheduled(self, micro_batches: int) -> tuple[Schedule, Program]:
+        assert self.stages is not None
+        if micro_batches not in self._schedules:
+            shape, plan, tied = self._compiled
+            assert plan.pipeline is not None
+            schedule = schedule_of(plan.pipeline, micro_batches)
+            validate(schedule)
+            rank = self._mesh.pipeline_rank
+            others = range(self._mesh.num_pipeline)
+            programs = {
+                other: compile_stages(shape, plan, schedule, self.stages, other, tied if other == rank else ())
+                for other in others
+            }
+            check_program(programs, self.stages)
+            self._schedules[micro_batches] = schedule, programs[rank]
+        return self._schedules[micro_batches]
+
+    def micro_batches(self, micro: Sequence[Any], samples: int) -> list[MicroBatch]:
+        """The parts of a rank's batch, with what flows through the stages in each."""
+        return [
+            MicroBatch(None, 0.0, None)
+            if part is None
+            else MicroBatch(part, num_samples(part) / samples, self._flow(part))
+            for part in micro
+        ]
+
+    def begin(self, attempt: int) -> None:
+        """A step begins, before anything of it is sent."""
+        self.mail.begin(attempt)
+
+    def run(self, step: int, micro: Sequence[MicroBatch], state: ModelState) -> None:
+        """All stage-level actions of this rank. `losses` has what came out."""
+        assert self._passes is not None
+        self._passes.begin(step, micro, state)
+        schedule, _ = self._scheduled(len(micro))
+        for action in schedule.orders[self._mesh.pipeline_rank]:
+            self._passes.run(action)
+            state.micro_loss = sum(self.losses[number] * micro[number].weight for number in sorted(self.losses))
+
+    @property
+    def passes(self) -> StagePasses:
+        assert self._passes is not None
+        return self._passes
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return self.passes.losses
+
+    def send(self, action: Action) -> None:
+        """SEND_F and SEND_B."""
+        self.passes.send(action)
+
+    def receive(self, action: Action) -> None:
+        """RECV_F and RECV_B."""
+        self.passes.receive(action)
+
+    def forget(self) -> None:
+        """What a step that failed has left."""
+        if self._passes is not None:
+            self._passes.forget()
+
+    def close(self) -> None:
+        """May be repeated."""
+        if self._passes is not None:
+            self._passes.remove()
+        self.mail.close()
+
+    def _flow(self, part: Any) -> Flow:
+        key = tuple(
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(type(leaf))
+            for leaf in tree_leaves(part)
+        )
+        if key not in self._flows:
+            self._flows[key] = trace_flow(self._model, self._units, self._passage.forward, part, self._shapes)
+        return self._flows[key]
+
+
+def _from_first(value: Any) -> Any:
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,175 @@
+"""From a pipeline schedule to the program of one rank: stages become units, transfers and reductions are put in.
+
+Owns the passes that pipelines add to those of `passes.py`, pure, actions in, actions out:
+
+    expand            F, B, I, W of the rank's stages -> of their unit runs
+    add_transfers     SEND and RECV where a neighbouring stage lies on another rank
+    add_tied          sums of gradients that several stages have a part in, before the norm
+
+Sends wait in buffers of their own, so a rank never waits for its receiver; receives stand right before their use. Every
+rank's list is thus an order in which all of them together can run (`check_program` walks it), and each lane keeps it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..parallel.actions import Action, Kind
+from .link import link
+from .moves import add_moves, add_uploads
+from .passes import add_downs, add_gathers, add_reduces, add_saves, add_updates, carry, prefetch
+from .pipeline_data import Schedule, ScheduleError
+from .plan import Plan
+from .program import Program, StepShape
+
+__all__ = ["TIED", "Stages", "add_tied", "add_transfers", "check_program", "compile_stages", "expand"]
+
+TIED = "tied"
+"""The slot of a REDUCE that sums over the stages that share a parameter."""
+
+_F, _B, _I, _W = Kind.F, Kind.B, Kind.I, Kind.W
+_BACKWARD = (_B, _I)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of a model.
+
+    Attributes:
+        starts: first unit run of each.
+        num_runs: unit runs of the model.
+        placement: rank of each.
+        with_gradient: for each, whether gradients flow back out of it into the stage before.
+    """
+
+    starts: tuple[int, ...]
+    num_runs: int
+    placement: tuple[int, ...]
+    with_gradient: tuple[bool, ...]
+
+    def runs(self, stage: int) -> range:
+        """Its unit runs."""
+        return range(self.starts[stage], [*self.starts[1:], self.num_runs][stage])
+
+    def stage_of(self, run: int) -> int:
+        return max(stage for stage, start in enumerate(self.starts) if start <= run)
+
+    def on(self, rank: int) -> list[int]:
+        """Stages of a rank."""
+        return [stage for stage, owner in enumerate(self.placement) if owner == rank]
+
+    def is_local(self, stage: int) -> bool:
+        """Whether the stage's input comes from a stage on the same rank."""
+        return stage > 0 and self.placement[stage - 1] == self.placement[stage]
+
+
+def compile_stages(
+    shape: StepShape, plan: Plan, schedule: Schedule, stages: Stages, rank: int, tied: Sequence[int] = ()
+) -> Program:
+    """The program of one rank for one step.
+
+    Args:
+        shape: unit runs of other ranks use no chunks.
+        tied: chunks whose gradients other stages have a part in.
+    """
+    actions = expand(schedule, stages, shape, rank)
+    if plan.world_size > 1:
+        actions = prefetch(add_gathers(actions, shape, plan), plan.prefetch)
+    if plan.sums_gradients:
+        actions = add_downs(add_reduces(actions, shape), plan)
+    actions = add_updates(actions, shape, plan.update)
+    actions = add_tied(actions, tied)
+    actions = add_saves(actions, shape, plan)
+    actions = add_transfers(actions, stages, rank)
+    moved = add_uploads(actions, shape, plan)
+    moved, num_carried = carry(add_moves(moved.actions, shape, plan, moved.lifetimes))
+    return link(moved, shape, plan, num_carried)
+
+
+def expand(schedule: Schedule, stages: Stages, shape: StepShape, rank: int) -> list[Action]:
+    """The unit runs of a rank's stages, in the order of its schedule. Copies of activations are for the moves' pass."""
+    result: list[Action] = []
+    for action in schedule.orders[rank]:
+        assert action.index is not None
+        runs = stages.runs(action.index)
+        if action.kind is _F:
+            result += [Action(_F, run, action.micro_batch) for run in runs]
+        elif action.kind.is_compute and action.kind is not Kind.R:
+            backward = [run for run in reversed(runs) if shape.units[run].has_backward]
+            result += [Action(action.kind, run, action.micro_batch) for run in backward]
+    return result
+
+
+def add_transfers(actions: Sequence[Action], stages: Stages, rank: int) -> list[Action]:
+    """RECV before the first, SEND after the last unit of a stage's pass, where its neighbour is on another rank."""
+    first: dict[tuple[bool, int, int], int] = {}
+    last: dict[tuple[bool, int, int], int] = {}
+    for position, action in enumerate(actions):
+        if action.kind is _F or action.kind in _BACKWARD:
+            assert action.index is not None
+            assert action.micro_batch is not None
+            key = (action.kind is _F, stages.stage_of(action.index), action.micro_batch)
+            first.setdefault(key, position)
+            last[key] = position
+    before: dict[int, Action] = {}
+    after: dict[int, Action] = {}
+    end = len(stages.starts) - 1
+    for (forward, stage, number), position in first.items():
+        has_source = stage > 0 if forward else stage < end and stages.with_gradient[stage + 1]
+        source = stage - 1 if forward else stage + 1
+        if has_source and stages.placement[source] != rank:
+            before[position] = Action(Kind.RECV_F if forward else Kind.RECV_B, stage, number)
+    for (forward, stage, number), position in last.items():
+        has_target = stage < end if forward else stages.with_gradient[stage]
+        target = stage + 1 if forward else stage - 1
+        if has_target and stages.placement[target] != rank:
+            after[position] = Action(Kind.SEND_F if forward else Kind.SEND_B, stage, number)
+    result: list[Action] = []
+    for position, action in enumerate(actions):
+        result += [before[position]] if position in before else []
+        result.append(action)
+        result += [after[position]] if position in after else []
+    return result
+
+
+def add_tied(actions: Sequence[Action], tied: Sequence[int]) -> list[Action]:
+    """Sum the gradients of chunks that several stages share: after the last backward, before the norm."""
+    place = next(position for position, action in enumerate(actions) if action.kind is Kind.NORM)
+    return [*actions[:place], *(Action(Kind.REDUCE, chunk, None, TIED) for chunk in tied), *actions[place:]]
+
+
+def check_program(programs: Mapping[int, Program], stages: Stages) -> None:
+    """Walk all ranks' programs together, each strictly in order: no lane can then wait for ever.
+
+    Raises:
+        ScheduleError: the ranks come to a stand; names what each waits for.
+    """
+    orders = {rank: program.actions() for rank, program in programs.items()}
+    place = dict.fromkeys(orders, 0)
+    sent: set[Action] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in orders.items():
+            while place[rank] < len(order):
+                action = order[place[rank]]
+                if (source := _source_of(action)) is not None and source not in sent:
+                    break
+                if action.kind in (Kind.SEND_F, Kind.SEND_B):
+                    sent.add(action)
+                place[rank] += 1
+                moved = True
+    stuck = {rank: order[place[rank]] for rank, order in orders.items() if place[rank] < len(order)}
+    if stuck:
+        waits = "; ".join(f"rank {rank} waits at {action}" for rank, action in stuck.items())
+        raise ScheduleError(f"the programs of {len(stages.starts)} stages come to a stand: {waits}")
+
+
+def _source_of(action: Action) -> Action | None:
+    """The send that a receive waits for."""
+    if action.kind is Kind.RECV_F:
+        assert action.index is not None
+        return Action(Kind.SEND_F, action.index - 1, action.micro_batch)
+    if action.kind is Kind.RECV_B:
+        assert action.index is not None
+        return Action(Kind.SEND_B, action.index + 1, action.micro_batch)
+    return None

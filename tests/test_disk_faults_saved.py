@@ -1,0 +1,102 @@
+"""Saved activations on a disk that fails, at every request of a step: each fault is named, nothing is trained wrong
+after it, and nothing is left behind."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disk_runs import BY_UNIT, From, another_kind, expected, files, make, nothing_is_left, same_weights, tier_of, train
+from faulty_io import EIO, ENOSPC, FaultyIO, nothing_moved
+
+from outgrow.memory.errors import ChunkCorrupted, DiskFault, DiskFull, StateLost, StoreError
+from outgrow.parallel.actions import Kind
+
+MOVED = {"offload": "none", "activations": "offload:disk"}
+KINDS = {
+    "EIO": (EIO, DiskFault),
+    "ENOSPC": (ENOSPC, DiskFull),
+    "nothing-moves": (nothing_moved, DiskFault),
+    "another-kind": (another_kind, StoreError),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    expected()
+    with nothing_is_left(tmp_path):
+        yield
+
+
+@pytest.mark.parametrize("update", ["after", "backward"])
+@pytest.mark.parametrize("turns", [{}, BY_UNIT], ids=["sequential", "by-unit"])
+@pytest.mark.parametrize("write", [False, True], ids=["loads", "saves"])
+def test_every_request_of_a_step_fails(tmp_path: Path, write: bool, turns: dict[str, Any], update: str) -> None:
+    """Before any update the step can be done again, with the same bits; afterwards it is refused."""
+    losses, weights = expected(**turns)
+    went_on = refused = n = 0
+    while True:
+        name, (fault, kind) = list(KINDS.items())[n % len(KINDS)]
+        disk = From(fault, write, n)
+        io = FaultyIO(always=disk)
+        engine = make(tmp_path, io, update=update, **MOVED, **turns)
+        with tier_of(io):  # it is opened with the first step's program
+            assert train(engine, 1, 2) == losses[:2]
+        (path,) = files(tmp_path)
+        assert engine.program is not None
+        wanted = Kind.SAVE if write else Kind.LOAD
+        actions = engine.program.actions(wanted)
+        io.arm()
+        if n == len(actions):  # there is no such request
+            assert train(engine, 3, 3) == losses[2:3]
+            assert disk.count == n
+            engine.close()
+            break
+        with pytest.raises(kind) as caught:
+            train(engine, 3, 3)
+        assert type(caught.value) is kind, name
+        place = caught.value.place
+        action = actions[n]
+        assert (place.run, place.rank, place.path) == ("demo-activations", 0, str(path))
+        assert place.chunk == f"a{action.index}.{action.micro_batch}"
+        assert f"chunk {place.chunk}" in str(caught.value)
+        assert f"offset {place.offset_bytes}" in str(caught.value)
+        del caught, place
+        disk.heal()
+        try:
+            assert train(engine, 3, 4) == losses[2:]
+            assert same_weights(engine.state_dict(), weights)
+            went_on += 1
+        except StateLost:
+            refused += 1
+        engine.close()
+        n += 1
+    assert n > 1
+    assert went_on > 0
+    assert not refused or (update == "backward" and not write), "nothing was updated yet"
+
+
+def test_activations_that_changed_on_disk_are_found(tmp_path: Path) -> None:
+    losses, weights = expected()
+    changed: list[int] = []
+
+    def flip(transfer: Any, view: memoryview, write: bool) -> int:
+        num_bytes = transfer(view)
+        view[17] ^= 4
+        changed.append(num_bytes)
+        return num_bytes
+
+    flips = From(flip, write=False, times=1)
+    io = FaultyIO(always=flips)
+    engine = make(tmp_path, io, update="after", **MOVED)
+    with tier_of(io):
+        assert train(engine, 1, 2) == losses[:2]
+    io.arm()
+    with pytest.raises(ChunkCorrupted, match="its bytes changed"):
+        train(engine, 3, 3)
+    assert len(changed) == 1
+    assert train(engine, 3, 4) == losses[2:]
+    assert same_weights(engine.state_dict(), weights)
+    engine.close()
+    gc.collect()
