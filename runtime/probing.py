@@ -1,0 +1,163 @@
+"""Measuring the machine for the planner: memory, updates, the disk, the exchange between ranks.
+
+Owns the measurements and their cache, one file per machine and disk in the user's cache folder; `fresh=True` measures
+anew. Does not own the record (`scheduler/hardware.py`).
+"""
+
+import hashlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..memory.disk_speed import measure_disk
+from ..scheduler.hardware import DiskFigures, Hardware, NetFigures
+
+if TYPE_CHECKING:
+    from ..parallel.collectives import Transport
+
+__all__ = ["cache_folder", "measure_net", "probe"]
+
+_ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hold
+_DISK_BYTES = 192 << 20
+_NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
+_ROUNDS = 5
+
+
+def cache_folder() -> Path:
+    """Where figures are kept: `outgrow` in the user's cache folder (XDG)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "outgrow"
+
+
+def probe(disk_folder: str | None = None, fresh: bool = False, folder: Path | None = None) -> Hardware:
+    """The figures of this machine, from the cache where they are there.
+
+    Args:
+        disk_folder: on the disk that may be used; None: no disk is measured.
+        fresh: measure anew.
+        folder: of the cache; None: the user's.
+
+    Raises: what the disk store raises.
+    """
+    name = f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    device = "" if disk_folder is None else str(Path(disk_folder).stat().st_dev)
+    key = hashlib.blake2b(f"{name} {device}".encode(), digest_size=8).hexdigest()
+    path = (folder or cache_folder()) / f"hardware-{key}.json"
+    if not fresh and path.is_file():
+        try:
+            return Hardware.from_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            pass  # of another version: it is measured and written anew
+    found = _measure(name, disk_folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(found.to_json(), encoding="utf-8")
+    partial.replace(path)
+    return found
+
+
+def _measure(name: str, disk_folder: str | None) -> Hardware:
+    source, target = torch.ones(_ELEMS), torch.zeros(_ELEMS)
+    copy_s = _median_s(lambda: target.copy_(source))
+    sum_s = _median_s(lambda: target.add_(source))
+    parameter = torch.nn.Parameter(target)
+    parameter.grad = source
+    optimizer = torch.optim.AdamW([parameter], lr=0.0, fused=True)
+    update_s = _median_s(optimizer.step)
+    disk = None if disk_folder is None else _measure_disk(disk_folder)
+    return Hardware(
+        name,
+        torch.get_num_threads(),
+        source.nbytes / copy_s,
+        source.nbytes / sum_s,
+        _ELEMS / update_s,
+        _action_seconds(),
+        disk,
+    )
+
+
+def _measure_disk(folder: str) -> DiskFigures:
+    alone = measure_disk(folder, _DISK_BYTES)
+    small_bytes = 8192
+    small = measure_disk(folder, 64 * small_bytes, block_bytes=small_bytes // 2, depth=1)
+    latency_s = small_bytes * (1 / small.read_bytes_per_s - 1 / alone.read_bytes_per_s)
+    return DiskFigures(
+        alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s, max(0.0, latency_s)
+    )
+
+
+def _action_seconds() -> float:
+    """What the executor takes for an action that does nothing, in a lane of its own."""
+    from ..parallel.actions import Action, Kind
+    from ..scheduler.program import Instruction, Lane, Program
+    from .executor import Executor
+
+    count = 200
+    chain = [
+        Instruction(Action(Kind.NORM), Lane.NET if n % 2 else Lane.COMPUTE, (n - 1,) * (n > 0)) for n in range(count)
+    ]
+    with Executor({Kind.NORM: lambda _action: None}) as executor:
+
+        def run() -> None:
+            executor.begin(Program(tuple(chain)))
+            executor.finish()
+
+        return _median_s(run) / count
+
+
+def _median_s(work: Callable[[], object]) -> float:
+    work()  # the first one makes what the others find
+    seconds = []
+    for _ in range(_ROUNDS):
+        began_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began_s)
+    return statistics.median(seconds)
+
+
+def measure_net(transport: "Transport") -> NetFigures:
+    """Latency and bandwidth of the exchange, fitted over several sizes; the slowest rank's. Collective."""
+    rows = []
+    for size in _NET_BYTES:
+        elems = size // 4 // transport.size * transport.size
+        other = type(transport)(transport.group)  # its buffers are for measuring alone
+        other.prepare_reduce(elems, torch.float32, 1)
+        source, out = torch.ones(elems), torch.empty(elems // transport.size)
+        full, shard = torch.empty(elems), torch.ones(elems // transport.size)
+
+        def pack(flat: torch.Tensor, flags: torch.Tensor, source: torch.Tensor = source) -> None:
+            flat.copy_(source)
+            flags.fill_(1)
+
+        def reduce(other: "Transport" = other, elems: int = elems, out: torch.Tensor = out, pack=pack) -> None:
+            other.reduce(pack, elems, 1, out, whole=False, accumulate=False)
+
+        def gather(full: torch.Tensor = full, shard: torch.Tensor = shard) -> None:
+            full.copy_(transport.all_gather(shard))
+
+        transport.gather_rows([0.0])
+        slowest = transport.gather_rows([_median_s(gather), _median_s(reduce)]).max(dim=0).values.tolist()
+        rows.append((elems * 4, *slowest))
+    gather_latency, gather_speed = _fit([(size, seconds) for size, seconds, _ in rows])
+    reduce_latency, reduce_speed = _fit([(size, seconds) for size, _, seconds in rows])
+    return NetFigures(gather_speed, gather_latency, reduce_speed, reduce_latency)
+
+
+def _fit(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Latency and bandwidth by least squares of relative errors (ALGORITHMS 5.1); a negative latency counts as none."""
+    weights = [1 / seconds**2 for _, seconds in points]
+    total = sum(weights)
+    mean_size = sum(w * size for w, (size, _) in zip(weights, points, strict=True)) / total
+    mean_s = sum(w * seconds for w, (_, seconds) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (size - mean_size) ** 2 for w, (size, _) in zip(weights, points, strict=True))
+    slope = sum(w * (size - mean_size) * (s - mean_s) for w, (size, s) in zip(weights, points, strict=True)) / spread
+    size, seconds = points[-1]
+    if slope <= 0:  # noise: one bandwidth says more
+        return 0.0, size / seconds
+    return max(0.0, mean_s - slope * mean_size), 1 / slope

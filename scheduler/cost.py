@@ -1,0 +1,161 @@
+"""What every action of a program takes: seconds alone, and the resources that it shares meanwhile.
+
+Owns the step from measured figures (a profile of units, a machine) to `Work`. Does not own the figures, nor what
+happens when actions meet (`simulate.py`).
+
+Resources: `disk` (both of its lanes; how much slower they go together was measured), `memory` (what copies, sums and
+updates use in full, units in part), `cores` (what the units of all ranks on the machine compute with).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..parallel.actions import Kind
+from .hardware import Hardware
+from .holdings import is_gathered
+from .plan import Activations, Plan, UpdateTime
+from .program import Instruction, Lane, StepShape
+from .simulate import Work
+
+__all__ = ["Costs", "TimeProfile", "UnitSeconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSeconds:
+    """One run of a unit, alone on the machine.
+
+    Attributes:
+        forward_s: with everything saved for the backward.
+        backward_s: whole.
+        weight_s: the part of `backward_s` that makes gradients of weights.
+        recompute_s: of running it once more before its backward.
+
+    Raises:
+        ValueError: a negative number.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    recompute_s: float
+
+    def __post_init__(self) -> None:
+        if min(self.forward_s, self.backward_s, self.weight_s, self.recompute_s) < 0:
+            raise ValueError(f"{self}: seconds cannot be negative")
+
+
+@dataclass(frozen=True)
+class TimeProfile:
+    """One micro-batch.
+
+    Attributes:
+        units: one for each unit run.
+        loss_s, loss_backward_s: of what comes behind the last unit.
+    """
+
+    units: tuple[UnitSeconds, ...]
+    loss_s: float = 0.0
+    loss_backward_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one plan's actions: call it with an instruction.
+
+    Attributes:
+        num_elems: chunk -> elements that this rank updates.
+        shares_parameters: whether gathering is a look into shared memory.
+        ranks_here: ranks of this machine, which all do the same at the same time.
+    """
+
+    shape: StepShape
+    plan: Plan
+    profile: TimeProfile
+    hardware: Hardware
+    num_elems: Sequence[int]
+    shares_parameters: bool = False
+    ranks_here: int = 1
+
+    def __call__(self, instruction: Instruction) -> Work:
+        seconds, shares = self._alone(instruction)
+        if instruction.action.kind is Kind.DROP:
+            return Work(0.0)
+        return Work(seconds + self.hardware.action_s, shares)
+
+    @property
+    def capacity(self) -> Callable[[str, int], float]:
+        """Of resources, for `simulate`."""
+        disk = self.hardware.disk
+
+        def of(resource: str, num_users: int) -> float:
+            return disk.both_capacity if resource == "disk" and disk is not None and num_users > 1 else 1.0
+
+        return of
+
+    def _alone(self, instruction: Instruction) -> tuple[float, dict[str, float]]:
+        kind, c = instruction.action.kind, instruction.action.index
+        match kind:
+            case Kind.F | Kind.B | Kind.I | Kind.W | Kind.R:
+                return self._compute(instruction), {"cores": 1.0}
+            case Kind.READ | Kind.WRITE | Kind.SAVE | Kind.LOAD if instruction.lane in (Lane.READ, Lane.WRITE):
+                return self._transfer(instruction), {"disk": float(self.ranks_here)} if instruction.num_bytes else {}
+            case Kind.UP | Kind.DOWN | Kind.SAVE | Kind.LOAD:
+                return instruction.num_bytes / self.hardware.copy_bytes_per_s, {"memory": 1.0}
+            case Kind.GATHER | Kind.REDUCE if c is not None:
+                return self._exchange(kind, c, instruction.num_bytes)
+            case Kind.STEP if c is not None:
+                return self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0}
+            case Kind.NORM:
+                return self._norm(), {"memory": 1.0}
+            case _:
+                return 0.0, {}
+
+    def _compute(self, instruction: Instruction) -> float:
+        kind, run = instruction.action.kind, instruction.action.index
+        assert run is not None
+        unit = self.profile.units[run]
+        recomputed = self.plan.activations_of(self.shape.units[run].unit) is Activations.RECOMPUTE
+        match kind:
+            case Kind.F:
+                # The loss, and its backward up to the last unit's, go on until that begins.
+                is_last = run == len(self.shape.units) - 1
+                return unit.forward_s + is_last * (self.profile.loss_s + self.profile.loss_backward_s)
+            case Kind.B:
+                return unit.backward_s + recomputed * unit.recompute_s
+            case Kind.I:
+                return unit.backward_s - unit.weight_s + recomputed * unit.recompute_s
+            case Kind.W:
+                return unit.weight_s
+            case _:
+                return unit.recompute_s
+
+    def _transfer(self, instruction: Instruction) -> float:
+        disk = self.hardware.disk
+        if disk is None:
+            raise ValueError(f"{instruction.action}: no disk was measured, so nothing can be said of its seconds")
+        if not instruction.num_bytes:
+            return 0.0  # it is there already
+        speed = disk.read_bytes_per_s if instruction.lane is Lane.READ else disk.write_bytes_per_s
+        copied = instruction.num_bytes / self.hardware.copy_bytes_per_s
+        is_copied = instruction.action.kind is Kind.SAVE
+        return disk.latency_s + instruction.num_bytes / speed + is_copied * copied
+
+    def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> tuple[float, dict[str, float]]:
+        net = self.hardware.net
+        if self.plan.world_size == 1:
+            return num_bytes / self.hardware.sum_bytes_per_s, {"memory": 1.0}
+        if kind is Kind.GATHER and self.shares_parameters and is_gathered(chunk, self.plan):
+            return 0.0, {}
+        if net is None:
+            raise ValueError(f"{kind} c{chunk}: no exchange between ranks was measured")
+        if kind is Kind.GATHER:
+            return net.gather_latency_s + num_bytes / net.gather_bytes_per_s, {"memory": 1.0}
+        return net.reduce_latency_s + num_bytes / net.reduce_bytes_per_s, {"memory": 1.0}
+
+    def _norm(self) -> float:
+        """One look at all gradients, where they were not looked at before; and one more pass where they are clipped."""
+        elems = sum(self.num_elems)
+        looks = self.plan.world_size == 1 and self.plan.update is UpdateTime.AFTER
+        passes = looks + self.plan.clips_gradients
+        latency = self.hardware.net.reduce_latency_s if self.hardware.net and self.plan.world_size > 1 else 0.0
+        return latency + passes * 4 * elems / self.hardware.copy_bytes_per_s

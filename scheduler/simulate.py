@@ -1,0 +1,188 @@
+"""A program played on a clock, before it runs: when everything begins and ends, and what the lanes wait for.
+
+Owns the discrete events. Does not own what an action costs (`cost.py`). It plays the very program that the executor
+would run, by the same rules: each lane does its instructions in order, an instruction begins when all that it waits for
+is done, and a step begins when everything of the step before is done but for its carried writes, which are part of the
+program.
+
+An action has seconds that it takes alone, and shares of resources that it uses meanwhile (a disk, memory bandwidth,
+cores). Where the shares of what runs add up to more than a resource has, all that use it slow down in proportion.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..memory.timeline import Span, Timeline
+from .program import Instruction, Lane, Program
+
+__all__ = ["Change", "Simulated", "Work", "simulate"]
+
+_EPSILON_S = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an instruction takes.
+
+    Attributes:
+        seconds: alone.
+        shares: resource -> the part of it that is used meanwhile, 0 to 1.
+
+    Raises:
+        ValueError: negative numbers.
+    """
+
+    seconds: float
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seconds < 0 or any(share < 0 for share in self.shares.values()):
+            raise ValueError(f"{self}: seconds and shares cannot be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Bytes on a tier that come (or go, where negative) when an instruction begins and when it ends."""
+
+    tier: str
+    at_begin_bytes: int = 0
+    at_end_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One step.
+
+    Attributes:
+        timeline: its spans; bytes that `changes` tell.
+        stalls_s: lane -> (action waited for -> seconds), while the lane had something left to do.
+        held_bytes: tier -> (second, bytes) at every change.
+    """
+
+    timeline: Timeline
+    stalls_s: dict[str, dict[str, float]]
+    held_bytes: dict[str, tuple[tuple[float, int], ...]]
+
+    @property
+    def seconds(self) -> float:
+        return self.timeline.seconds
+
+
+def simulate(
+    program: Program,
+    cost: Callable[[Instruction], Work],
+    capacity: Callable[[str, int], float] = lambda resource, num_users: 1.0,
+    changes: Mapping[int, Sequence[Change]] | None = None,
+    begin_bytes: Mapping[str, int] | None = None,
+    rank: int = 0,
+) -> Simulated:
+    """Play one step.
+
+    Args:
+        cost: what each instruction takes.
+        capacity: f(resource, number of its users) -> how much of it there is, in units of one user alone.
+        changes: position -> bytes that come and go with it.
+        begin_bytes: tier -> bytes that are there all the time.
+    """
+    return _Play(program, cost, capacity, changes or {}, begin_bytes or {}).run(rank)
+
+
+class _Play:
+    def __init__(
+        self,
+        program: Program,
+        cost: Callable[[Instruction], Work],
+        capacity: Callable[[str, int], float],
+        changes: Mapping[int, Sequence[Change]],
+        begin_bytes: Mapping[str, int],
+    ) -> None:
+        self.program, self.capacity, self.changes = program, capacity, changes
+        self.works = [cost(instruction) for instruction in program.instructions]
+        self.now = 0.0
+        self.next: dict[Lane, int] = dict.fromkeys(program.by_lane, 0)  # place on the lane
+        self.left: dict[Lane, float] = {}  # lane -> seconds of its running instruction that are left, at full speed
+        self.began: dict[Lane, float] = {}
+        self.idle_since: dict[Lane, float] = dict.fromkeys(program.by_lane, 0.0)
+        self.done: dict[int, float] = {}  # position -> when
+        self.spans: list[Span] = []
+        self.stalls: dict[str, dict[str, float]] = {str(lane): {} for lane in program.by_lane}
+        self.held: dict[str, int] = dict(begin_bytes)
+        self.history: dict[str, list[tuple[float, int]]] = {tier: [(0.0, size)] for tier, size in begin_bytes.items()}
+
+    def run(self, rank: int) -> Simulated:
+        self._begin_what_can()
+        while self.left:
+            rates = self._rates()
+            self._pass_time(rates, min(left / rates[lane] for lane, left in self.left.items()))
+            self._begin_what_can()
+        assert len(self.done) == len(self.program.instructions), "dependencies point backwards, so all of it ends"
+        peaks = {tier: max(size for _, size in history) for tier, history in self.history.items()}
+        spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.end_s)))
+        held = {tier: tuple(history) for tier, history in self.history.items()}
+        return Simulated(Timeline(spans, peaks, rank), self.stalls, held)
+
+    def _position(self, lane: Lane) -> int | None:
+        order = self.program.by_lane[lane]
+        return order[self.next[lane]] if self.next[lane] < len(order) else None
+
+    def _begin_what_can(self) -> None:
+        """Begin instructions until none can; those that take no time end at once."""
+        progress = True
+        while progress:
+            progress = False
+            for lane in self.next:
+                position = self._position(lane)
+                if lane in self.left or position is None:
+                    continue
+                if all(before in self.done for before in self.program.instructions[position].after):
+                    self._begin(lane, position)
+                    progress = True
+
+    def _begin(self, lane: Lane, position: int) -> None:
+        waited = self.now - self.idle_since[lane]
+        if waited > _EPSILON_S:
+            last = max(self.program.instructions[position].after, key=lambda before: (self.done[before], before))
+            name = str(self.program.instructions[last].action)
+            self.stalls[str(lane)][name] = self.stalls[str(lane)].get(name, 0.0) + waited
+        self._change(position, at_begin=True)
+        self.began[lane] = self.now
+        self.left[lane] = self.works[position].seconds
+        if self.left[lane] <= _EPSILON_S:
+            self._end(lane)
+
+    def _end(self, lane: Lane) -> None:
+        position = self._position(lane)
+        assert position is not None
+        instruction = self.program.instructions[position]
+        self.spans.append(
+            Span(str(lane), str(instruction.action), self.began.pop(lane), self.now, instruction.num_bytes)
+        )
+        del self.left[lane]
+        self.done[position] = self.idle_since[lane] = self.now
+        self.next[lane] += 1
+        self._change(position, at_begin=False)
+
+    def _rates(self) -> dict[Lane, float]:
+        """How fast each running instruction goes, 1 as alone."""
+        loads: dict[str, tuple[float, int]] = {}
+        running = {lane: self.works[self.program.by_lane[lane][self.next[lane]]] for lane in self.left}
+        for work in running.values():
+            for resource, share in work.shares.items():
+                load, users = loads.get(resource, (0.0, 0))
+                loads[resource] = load + share, users + 1
+        slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
+        return {lane: 1 / max((slow[name] for name in work.shares), default=1.0) for lane, work in running.items()}
+
+    def _pass_time(self, rates: Mapping[Lane, float], seconds: float) -> None:
+        self.now += seconds
+        for lane in list(self.left):
+            self.left[lane] -= seconds * rates[lane]
+            if self.left[lane] <= _EPSILON_S:
+                self._end(lane)
+
+    def _change(self, position: int, at_begin: bool) -> None:
+        for change in self.changes.get(position, ()):
+            size = change.at_begin_bytes if at_begin else change.at_end_bytes
+            if size:
+                self.held[change.tier] = self.held.get(change.tier, 0) + size
+                self.history.setdefault(change.tier, [(0.0, 0)]).append((self.now, self.held[change.tier]))

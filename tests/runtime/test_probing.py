@@ -1,0 +1,54 @@
+"""Measuring the machine: plausible figures, kept once, measured anew when asked."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from outgrow.runtime import probing
+from outgrow.runtime.probing import cache_folder, probe
+from outgrow.scheduler.hardware import Hardware
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_ELEMS", 1 << 16)
+    monkeypatch.setattr(probing, "_DISK_BYTES", 1 << 20)
+
+
+def test_figures_are_measured_kept_and_measured_anew(tmp_path: Path) -> None:
+    disk, cache = tmp_path / "disk", tmp_path / "cache"
+    disk.mkdir()
+    found = probe(str(disk), folder=cache)
+    assert found.disk is not None
+    assert 1 <= found.disk.both_capacity <= 2
+    assert 0 < found.action_s < 0.1
+    assert list(disk.iterdir()) == [], "nothing is left behind"
+    (file,) = cache.iterdir()
+    assert Hardware.from_json(file.read_text()) == found
+    other = replace(found, copy_bytes_per_s=1.0)
+    file.write_text(other.to_json())
+    assert probe(str(disk), folder=cache) == other, "from the cache"
+    assert probe(str(disk), fresh=True, folder=cache) != other
+
+
+def test_figures_of_another_version_are_measured_again(tmp_path: Path) -> None:
+    probe(folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text('{"old": 1}')
+    assert probe(folder=tmp_path).disk is None
+    assert "old" not in file.read_text()
+
+
+def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "outgrow"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "outgrow"
+
+
+def test_latency_and_bandwidth_are_fitted() -> None:
+    latency, speed = probing._fit([(size, 0.5 + size / 100) for size in (10, 50, 400)])
+    assert latency == pytest.approx(0.5)
+    assert speed == pytest.approx(100)
+    assert probing._fit([(10, 1.0), (20, 0.5)]) == (0.0, 40.0)

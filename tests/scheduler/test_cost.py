@@ -1,0 +1,88 @@
+"""Seconds of actions from figures, by hand."""
+
+from dataclasses import replace
+
+import pytest
+from steps import PAGE, chain, plan_of
+
+from outgrow.parallel.actions import Action
+from outgrow.scheduler.cost import Costs, TimeProfile, UnitSeconds
+from outgrow.scheduler.hardware import DiskFigures, Hardware, NetFigures
+from outgrow.scheduler.passes import compile_program
+from outgrow.scheduler.plan import Activations, Plan
+from outgrow.scheduler.program import Instruction, Lane
+from outgrow.scheduler.simulate import simulate
+
+TWO = chain((0,), (1,))
+DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125)
+NET = NetFigures(8 * PAGE, 0.25, 4 * PAGE, 0.5)
+MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, DISK, NET)
+PROFILE = TimeProfile((UnitSeconds(1.0, 2.0, 0.5, 0.75), UnitSeconds(4.0, 8.0, 3.0, 3.5)), 0.5, 0.25)
+
+
+def seconds(
+    action: str, plan: Plan | None = None, lane: Lane = Lane.COMPUTE, num_bytes: int = 0, **words: object
+) -> float:
+    costs = Costs(TWO, plan or plan_of(TWO), PROFILE, MACHINE, (2048, 1024), **words)  # pyright: ignore[reportArgumentType]
+    return costs(Instruction(Action.parse(action), lane, (), num_bytes)).seconds
+
+
+def test_units_with_the_loss_in_the_last_forward() -> None:
+    assert seconds("F0.0") == 1.0
+    assert seconds("F1.0") == 4.75
+    assert seconds("B1.3") == 8.0
+    assert seconds("I1.0") == 5.0
+    assert seconds("W1.0") == 3.0
+
+
+def test_recomputing_comes_with_the_backward() -> None:
+    plan = replace(plan_of(TWO), activations=(Activations.RECOMPUTE, Activations.KEEP))
+    assert seconds("B0.0", plan) == 2.75
+    assert seconds("B1.0", plan) == 8.0
+
+
+def test_the_disk() -> None:
+    assert seconds("READ c0:param", lane=Lane.READ, num_bytes=PAGE) == 0.125 + 0.25
+    assert seconds("READ c0:param", lane=Lane.READ) == 0, "it is there already"
+    assert seconds("WRITE c0:param", lane=Lane.WRITE, num_bytes=PAGE) == 0.125 + 0.5
+    assert DISK.both_capacity == pytest.approx(1.25), "a page each way takes 0.6 s, and 0.75 s one after the other"
+
+
+def test_exchange_updates_and_the_norm() -> None:
+    two = plan_of(TWO, ranks=2)
+    assert seconds("GATHER c0.0", two, Lane.NET, PAGE) == 0.25 + 0.125
+    assert seconds("GATHER c0.0", two, Lane.NET, PAGE, shares_parameters=True) == 0
+    assert seconds("REDUCE c0.0", two, Lane.NET, PAGE) == 0.5 + 0.25
+    assert seconds("REDUCE c0.0", num_bytes=PAGE) == PAGE / (32 * PAGE)
+    assert seconds("STEP c0") == 2.0
+    assert seconds("NORM") == 4 * 3072 / (16 * PAGE)
+    assert seconds("NORM", plan_of(TWO, update="backward")) == 0
+    assert seconds("NORM", plan_of(TWO, clips=True)) == 2 * 4 * 3072 / (16 * PAGE)
+    assert seconds("DROP c0:param") == 0
+
+
+def test_what_was_not_measured_is_named() -> None:
+    costs = Costs(TWO, plan_of(TWO), PROFILE, replace(MACHINE, disk=None), (1, 1))
+    with pytest.raises(ValueError, match="READ c0:param: no disk was measured"):
+        costs(Instruction(Action.parse("READ c0:param"), Lane.READ, (), PAGE))
+
+
+def test_reads_and_writes_slow_each_other_as_it_was_measured() -> None:
+    plan = plan_of(TWO, update="backward", prefetch=1)
+    program = compile_program(TWO, plan)
+    none = TimeProfile((UnitSeconds(0, 0, 0, 0),) * 2)
+    costs = Costs(TWO, plan, none, MACHINE, (0, 0))
+    free = replace(DISK, both_bytes_per_s=6 * PAGE)
+    apart = replace(costs, hardware=replace(MACHINE, disk=free))
+    assert simulate(program, costs, costs.capacity).seconds > simulate(program, apart, apart.capacity).seconds
+
+
+def test_figures_of_a_machine_round_trip_and_are_checked() -> None:
+    assert Hardware.from_json(MACHINE.to_json()) == MACHINE
+    assert Hardware.from_json(replace(MACHINE, disk=None, net=None).to_json()).disk is None
+    with pytest.raises(ValueError, match="no figures of a machine"):
+        Hardware.from_json('{"name": "x"}')
+    with pytest.raises(ValueError, match="copy_bytes_per_s=0"):
+        replace(MACHINE, copy_bytes_per_s=0)
+    with pytest.raises(ValueError, match="latency_s=-1"):
+        replace(DISK, latency_s=-1)
