@@ -87,9 +87,7 @@ def _measure_disk(folder: str) -> DiskFigures:
     small_bytes = 8192
     small = measure_disk(folder, 64 * small_bytes, block_bytes=small_bytes // 2, depth=1)
     latency_s = small_bytes * (1 / small.read_bytes_per_s - 1 / alone.read_bytes_per_s)
-    return DiskFigures(
-        alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s, max(0.0, latency_s)
-    )
+    return DiskFigures(alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s, max(0.0, latency_s))
 
 
 def _action_seconds() -> float:
