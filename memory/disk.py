@@ -15,7 +15,7 @@ that a checkpoint does not: it needs no flush, and its file goes with the proces
 import logging
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -84,7 +84,7 @@ class DiskStore:
         extents: everything that will ever be stored, laid out in this order.
         limit_bytes: the budget of the disk tier on this rank; None: the free space is the limit.
         block_bytes: the size of one transfer and of what one checksum covers, a multiple of 4096.
-        depth: transfers in flight on each lane (so there are twice as many threads).
+        depth: transfers in flight on each lane (two threads more than both lanes have).
         in_flight_bytes: bytes of unfinished requests on each lane; a call that would exceed them waits.
         deadline_s: how long any wait may last.
         io: the system calls; tests pass ones that fail.
@@ -125,7 +125,7 @@ class DiskStore:
             )
         self._pid = os.getpid()
         scratch_bytes = min(block_bytes, _SCRATCH_BYTES)
-        self.scratch_bytes = 2 * depth * scratch_bytes
+        self.scratch_bytes = 2 * (depth + 1) * scratch_bytes
         """Memory beyond the callers' own that unaligned transfers may come to use."""
         self._file = SlotFile(folder, run, rank, self.file_bytes, io or DirectIO())
         try:
@@ -151,14 +151,14 @@ class DiskStore:
             raise ValueError(f"{name} cannot be read into read-only memory")
         padded = self._fitting(extent, view, into)
 
-        def transfer(block: int, scratch: AlignedBuffer) -> None:
+        def transfer(block: int, scratch: AlignedBuffer) -> Callable[[], None]:
             start, stop, place = self._span(extent, block)
             self._check_written(extent, place)
             try:
                 self._file.read(self._part(padded, start, stop, view), extent.offset_bytes + start, scratch)
             except Exception as error:
                 raise store_error(error, f"read {stop - start:,} bytes", place) from error
-            self._verify(extent, block, checksum(view[start:stop]), place)
+            return lambda: self._verify(extent, block, checksum(view[start:stop]), place)
 
         return self._submit("read", extent, transfer, lambda error: None)
 
@@ -172,13 +172,13 @@ class DiskStore:
         padded = self._fitting(extent, view, source)
         fresh = array("Q", bytes(8 * self._num_blocks(extent)))
 
-        def transfer(block: int, scratch: AlignedBuffer) -> None:
+        def transfer(block: int, scratch: AlignedBuffer) -> Callable[[], None]:
             start, stop, place = self._span(extent, block)
-            fresh[block] = checksum(view[start:stop])
             try:
                 self._file.write(self._part(padded, start, stop, view), extent.offset_bytes + start, scratch)
             except Exception as error:
                 raise store_error(error, f"write {stop - start:,} bytes", place) from error
+            return lambda: fresh.__setitem__(block, checksum(view[start:stop]))
 
         def finish(error: BaseException | None) -> None:
             if error is None:

@@ -27,8 +27,9 @@ __all__ = ["BlockTransfer", "DiskLanes", "LaneName", "LaneStatistics", "Order", 
 
 LaneName = Literal["read", "write"]
 
-BlockTransfer = Callable[[int, AlignedBuffer], None]
-"""Moves block number `int`; the buffer is the thread's own scratch memory, for what is not aligned."""
+BlockTransfer = Callable[[int, AlignedBuffer], Callable[[], None] | None]
+"""Moves block number `int`; the buffer is the thread's own scratch memory, for what is not aligned. What it returns is
+called when the device may already have the next block: the checksum."""
 
 
 class Ticket:
@@ -113,6 +114,7 @@ class _Lane:
     name: LaneName
     ready: threading.Condition
     queue: deque[Ticket] = field(default_factory=deque)
+    num_moving: int = 0  # blocks that the device has
     running: dict[str, tuple[Ticket, int, float]] = field(default_factory=dict)  # thread -> ticket, block, since
     num_requests: int = 0
     num_failed: int = 0
@@ -134,7 +136,8 @@ class _Lane:
 
 
 class DiskLanes:
-    """`depth` threads for reading and `depth` for writing, with at most `limit_bytes` in flight on each lane.
+    """Threads that have `depth` blocks read and `depth` written at a time, with at most `limit_bytes` in flight on each
+    lane. One thread more than that on each: the device never waits for a checksum.
 
     A request larger than the limit is let in when its lane is empty. `scratch_bytes` is each thread's memory for
     transfers that are not aligned; it costs nothing until used.
@@ -146,6 +149,7 @@ class DiskLanes:
                 f"depth ({depth}), limit_bytes ({limit_bytes}) and deadline_s ({deadline_s}) must be positive"
             )
         self._name = name
+        self._depth = depth
         self._limit_bytes = limit_bytes
         self._deadline_s = deadline_s
         self._scratch_bytes = scratch_bytes
@@ -161,7 +165,7 @@ class DiskLanes:
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"outgrow-{lane.name}-{index}", daemon=True)
             for lane in self._lanes.values()
-            for index in range(depth)
+            for index in range(depth + 1)
         ]
         for thread in self._threads:
             thread.start()
@@ -333,7 +337,7 @@ class DiskLanes:
         with AlignedBuffer(self._scratch_bytes) as scratch:
             while True:
                 with self._lock:
-                    while not lane.queue and not self._closing:
+                    while (not lane.queue or lane.num_moving == self._depth) and not self._closing:
                         lane.ready.wait()
                     if not lane.queue:
                         return
@@ -344,18 +348,30 @@ class DiskLanes:
                     if ticket._next_block == ticket._num_blocks:
                         lane.queue.popleft()
                     ticket._num_running += 1
+                    lane.num_moving += 1
                     now_s = time.perf_counter()
                     ticket.start_s = ticket.start_s or now_s
                     if not lane.running:
                         lane.busy_since_s = now_s
                     lane.running[me] = ticket, block, now_s
                 error: BaseException | None = None
+                is_moving = True
                 try:
-                    transfer(block, scratch)
+                    check = transfer(block, scratch)
+                    with self._lock:
+                        is_moving = False
+                        lane.num_moving -= 1
+                        lane.ready.notify()
+                    if check is not None:
+                        check()
                 except BaseException as caught:
                     error = _without_frames(caught)
+                check = None  # it holds the caller's memory
                 with self._lock:
                     del lane.running[me], transfer
+                    if is_moving:
+                        lane.num_moving -= 1
+                        lane.ready.notify()
                     if not lane.running:
                         lane.busy_s += time.perf_counter() - lane.busy_since_s
                     ticket._num_running -= 1

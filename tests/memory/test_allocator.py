@@ -17,7 +17,7 @@ def faults(num_bytes=64 << 20):
 given_back = faults()
 assert keep_freed_blocks()
 faults(96 << 20)  # something larger was there before: small blocks beside it do not matter then
-again = faults()
+again = min(faults() for _ in range(3))  # where the heap begins is a matter of luck
 kept_bytes = read_process_memory().resident_bytes
 assert return_freed_blocks()
 print(given_back, again, kept_bytes - read_process_memory().resident_bytes)

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +185,14 @@ def test_memory_changed_while_it_is_written_is_found(tmp_path: Path) -> None:
     """The caller broke the contract: what is on disk is neither old nor new, and must not come back as either."""
     gate, io = Gate(), FaultyIO()
     source = AlignedBuffer(2 * BLOCK)
+
+    def held_back(transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
+        num_bytes = transfer(view)
+        gate(lambda _: 0, view, write)  # the device has it, and has not said so
+        return num_bytes
+
     with make(tmp_path, io) as store:
-        io.always = gate
+        io.always = held_back
         io.arm()
         write = store.write("c0:param", source)
         assert gate.reached.wait(10)

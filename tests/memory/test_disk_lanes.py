@@ -298,3 +298,43 @@ def test_settings_are_checked() -> None:
     for depth, limit_bytes, deadline_s in ((0, 1, 1.0), (1, 0, 1.0), (1, 1, 0.0)):
         with pytest.raises(ValueError, match="must be positive"):
             DiskLanes("x", depth, limit_bytes, deadline_s, 4096)
+
+
+def test_the_device_has_the_next_block_while_one_is_checked_and_never_more_than_the_depth() -> None:
+    moving, most, lock = 0, 0, threading.Lock()
+    last_moved, both_checked = threading.Event(), threading.Barrier(2)
+
+    def transfer(block: int, scratch: AlignedBuffer) -> Callable[[], None]:
+        nonlocal moving, most
+        with lock:
+            moving += 1
+            most = max(most, moving)
+        if block == 1:
+            last_moved.set()
+        with lock:
+            moving -= 1
+        return check
+
+    def check() -> None:
+        assert last_moved.wait(20), "a check holds the device back"
+        both_checked.wait(20)
+
+    lanes = DiskLanes("test store", 1, 100, 20.0, 4096)
+    try:
+        lanes.submit("read", "r", 10, 2, Order(), transfer, lambda error: None).wait()
+    finally:
+        lanes.close()
+    assert most == 1
+
+
+def test_what_a_check_finds_fails_the_request() -> None:
+    def find() -> None:
+        raise StoreError("it is not what was written")
+
+    lanes = DiskLanes("test store", 1, 100, 20.0, 4096)
+    try:
+        with pytest.raises(StoreError, match="not what was written"):
+            lanes.submit("read", "r", 10, 2, Order(), lambda block, scratch: find, lambda error: None).wait()
+        lanes.submit("read", "again", 10, 2, Order(), lambda block, scratch: None, lambda error: None).wait()
+    finally:
+        lanes.close()
