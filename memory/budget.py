@@ -56,12 +56,14 @@ class Memory:
     """Budgets per worker: `Memory(host="6GiB", disk="/scratch", disk_limit="200GiB")`.
 
     Attributes:
-        device: of accelerator memory; on a machine without one it needs `unified=False`, which forces a separate arena
-            and real copies.
+        device: of accelerator memory, what is computed in; on a machine without an accelerator it needs
+            `unified=False`. None: this machine's memory is all there is, and device and host are the same.
         host: for the whole worker process as the kernel counts it, interpreter and libraries included.
         disk: a folder on the disk that may hold what does not fit into memory; None: nothing goes to disk.
         disk_limit: the most that a worker may store there; None: what is free.
-        unified: whether device and host are the same bytes; None: as the machine is.
+        unified: whether device and host are the same bytes; False forces memory apart and real copies: where there is
+            no accelerator, a part of this process's memory plays the device, with `device` as its budget beside `host`.
+            None: whether `device` is not given.
 
     Raises:
         ValueError: a size that is none, or settings that do not go together.
@@ -89,6 +91,11 @@ class Memory:
                 f"Memory(device={self.device!r}, unified=True): on a unified machine device and host are the same "
                 "bytes; give host= alone, or unified=False"
             )
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether device and host are memory apart from each other, so that moving between them copies."""
+        return self.unified is False or self.device is not None
 
     @property
     def host_bytes(self) -> int | None:

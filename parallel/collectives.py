@@ -25,6 +25,7 @@ from .placement import (
     GatheredParameters,
     OffloadedParameters,
     ParameterStore,
+    UploadedParameters,
     WindowParameters,
 )
 from .sharding import shard_range
@@ -86,13 +87,18 @@ class Transport(ABC):
             sharded: whether the gathered copy is dropped between uses (else it always stays).
         """
 
-    def offloaded_parameters(self, num_elems: int, dtype: torch.dtype) -> OffloadedParameters:
-        """Storage for a chunk whose shards are at home on another tier; the gathered copy is dropped between uses."""
+    def offloaded_parameters(self, num_elems: int, dtype: torch.dtype, uploads: bool = False) -> OffloadedParameters:
+        """Storage for a chunk whose shards are at home on another tier; the gathered copy is dropped between uses.
+
+        Args:
+            uploads: whether it is gathered from copies of the shards on a device.
+        """
 
         def all_gather(full: torch.Tensor, shard: torch.Tensor) -> None:
             dist.all_gather_single(full, shard, group=self.group)
 
-        return OffloadedParameters(num_elems, dtype, self.size, self.rank, all_gather)
+        kind = UploadedParameters if uploads else OffloadedParameters
+        return kind(num_elems, dtype, self.size, self.rank, all_gather)
 
     @abstractmethod
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:

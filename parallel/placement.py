@@ -7,6 +7,7 @@ Owns the storage and what gathering and dropping do to it. Does not own when (pr
     CommonParameters     one copy for all ranks in shared memory; gathering costs nothing
     GatheredParameters   a private shard; gathering is an all_gather into a copy that may be dropped
     OffloadedParameters  a shard that is in memory only between attach and detach; gathering as above
+    UploadedParameters   likewise, or a shard that stays; what is computed with or gathered is a copy on another device
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ __all__ = [
     "LocalParameters",
     "OffloadedParameters",
     "ParameterStore",
+    "UploadedParameters",
     "WindowParameters",
 ]
 
@@ -37,6 +39,14 @@ class ParameterStore(ABC):
     start: int
     stop: int
     shard: torch.Tensor
+    moves = False
+    """Whether the shard is in memory only while something holds it there."""
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether the memory of what units compute with is used for something else meanwhile: tensors that autograd
+        saves must then not hold on to it."""
+        return False
 
     @property
     @abstractmethod
@@ -168,6 +178,10 @@ class GatheredParameters(ParameterStore):
         )
 
     @property
+    def comes_and_goes(self) -> bool:
+        return self.droppable
+
+    @property
     def full(self) -> torch.Tensor | None:
         return self._full
 
@@ -196,6 +210,8 @@ class OffloadedParameters(ParameterStore):
     On a single rank (no `all_gather`) the shard is the full chunk.
     """
 
+    moves = True
+
     def __init__(
         self,
         num_elems: int,
@@ -213,10 +229,22 @@ class OffloadedParameters(ParameterStore):
         self._full: torch.Tensor | None = None
 
     @property
+    def comes_and_goes(self) -> bool:
+        return self.moves or self.gathers
+
+    @property
     def full(self) -> torch.Tensor | None:
-        if self._all_gather is not None:
-            return self._full
+        return self._full if self.gathers else self._source
+
+    @property
+    def _source(self) -> torch.Tensor | None:
+        """What is computed with, or gathered."""
         return self.shard if self.is_attached else None
+
+    @property
+    def computes_with_shard(self) -> bool:
+        """Whether units find the shard itself."""
+        return not self.gathers
 
     @property
     def gathers(self) -> bool:
@@ -234,6 +262,11 @@ class OffloadedParameters(ParameterStore):
         assert shard.dtype is self.dtype
         self.shard = shard
 
+    def settle(self, shard: torch.Tensor) -> None:
+        """The shard lies in `shard` for good."""
+        self.attach(shard)
+        self.moves = False
+
     def detach(self) -> None:
         """The buffer is about to hold something else."""
         self.shard = self._nothing
@@ -241,10 +274,11 @@ class OffloadedParameters(ParameterStore):
     def gather(self) -> None:
         if self._all_gather is None:
             return
-        assert self.is_attached, "a shard is gathered that is not in memory"
+        source = self._source
+        assert source is not None, "a shard is gathered that is not in memory"
         if self._full is None:
-            self._full = torch.empty(self._num_elems, dtype=self.dtype)
-        self._all_gather(self._full, self.shard)
+            self._full = torch.empty(self._num_elems, dtype=self.dtype, device=source.device)
+        self._all_gather(self._full, source)
 
     def drop(self) -> None:
         self._full = None
@@ -256,3 +290,49 @@ class OffloadedParameters(ParameterStore):
     @property
     def held_bytes(self) -> int:
         return self.shard.nbytes + (0 if self._full is None else self._full.nbytes)
+
+
+class UploadedParameters(OffloadedParameters):
+    """A shard on the host, and on a device with memory of its own a copy of it that comes and goes."""
+
+    def __init__(
+        self,
+        num_elems: int,
+        dtype: torch.dtype,
+        size: int = 1,
+        rank: int = 0,
+        all_gather: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        super().__init__(num_elems, dtype, size, rank, all_gather)
+        self._copy: torch.Tensor | None = None
+
+    @property
+    def comes_and_goes(self) -> bool:
+        return True
+
+    @property
+    def computes_with_shard(self) -> bool:
+        return False
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the device has a copy."""
+        return self._copy is not None
+
+    @property
+    def _source(self) -> torch.Tensor | None:
+        return self._copy
+
+    def bring(self, copy: torch.Tensor) -> None:
+        """The device's copy lies in `copy` [stop - start] from now on."""
+        assert copy.numel() == self.stop - self.start
+        assert copy.dtype is self.dtype
+        self._copy = copy
+
+    def forget(self) -> None:
+        """The copy's memory is about to hold something else."""
+        self._copy = None
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes + (0 if self._copy is None or self._copy is self.shard else self._copy.nbytes)

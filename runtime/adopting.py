@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from ..memory.chunk import ChunkLayout
-from ..parallel.placement import LocalParameters, OffloadedParameters, ParameterStore
+from ..parallel.placement import LocalParameters, OffloadedParameters, ParameterStore, UploadedParameters
 from ..parallel.sharding import owned_pieces
 from ..scheduler.plan import Home, Plan
 from .chunk_state import ChunkState, OptimLayout, OwnedPiece
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from .device_state import DeviceState
     from .offload import OffloadedState
 
 __all__ = ["TILE_ELEMS", "Adoption", "Fill"]
@@ -38,6 +39,7 @@ class Adoption:
         offloaded: the way to the disk tier, where the plan uses it.
         optims: per chunk, where its optimizer slots lie on disk, or None; empty where nothing is on disk.
         point: makes a chunk's parameters point at its gathered copy, or at nothing.
+        device: the way to a device with memory of its own, where there is one.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Adoption:
         offloaded: "OffloadedState | None",
         optims: Sequence[OptimLayout | None],
         point: Callable[[ChunkState], None],
+        device: "DeviceState | None" = None,
     ) -> None:
+        self._device = device
         self._by_name = parameters
         self._plan = plan
         self._transport = transport
@@ -88,29 +92,39 @@ class Adoption:
             original: [num_elems] in the model's own dtype; may become the chunk's storage.
         """
         parameters = [self._by_name[item.name] for item in layout.fields]
-        decision = self._plan.chunks[layout.index]
-        if decision.parameter_home is Home.DISK:
-            store: ParameterStore = (
-                OffloadedParameters(layout.num_elems, layout.dtype)
-                if self._transport is None or not decision.optimizer_sharded
-                else self._transport.offloaded_parameters(layout.num_elems, layout.dtype)
-            )
-        elif self._transport is None or not decision.optimizer_sharded:
-            store = LocalParameters(original.to(layout.dtype))
-        else:
-            store = self._transport.parameters(layout.num_elems, layout.dtype, decision.parameters_sharded)
-            store.fill(original.to(layout.dtype))
+        store = self._store(layout, original)
         chunk = ChunkState(layout, store, parameters, optim=self._optims[layout.index] if self._optims else None)
         if original.dtype is not layout.dtype:  # also of frozen parameters: their weights are not to be rounded
             chunk.has_master = True
             if chunk.optim is None:
-                chunk.master = original[store.start : store.stop].clone()
+                chunk.master = original[store.start : store.stop].to(store.shard.device, copy=True)
         if self._offloaded is not None:
             self._offloaded.store(chunk, original)
         self._point(chunk)
         if layout.trainable:
             self._cut(chunk)
         return chunk
+
+    def _store(self, layout: ChunkLayout, original: torch.Tensor) -> ParameterStore:
+        """Where a chunk's parameters lie, filled with their first values but for those that go to disk."""
+        decision = self._plan.chunks[layout.index]
+        on_disk, uploads = decision.parameter_home is Home.DISK, self._plan.brings_up(layout.index)
+        if on_disk or self._device is not None:
+            kind = UploadedParameters if uploads else OffloadedParameters
+            store = (
+                kind(layout.num_elems, layout.dtype)
+                if self._transport is None or not decision.optimizer_sharded
+                else self._transport.offloaded_parameters(layout.num_elems, layout.dtype, uploads)
+            )
+            if not on_disk and self._device is not None:
+                owned = original[store.start : store.stop].to(layout.dtype)
+                store.settle(self._device.home(owned, decision.parameter_home is Home.DEVICE))
+            return store
+        if self._transport is None or not decision.optimizer_sharded:
+            return LocalParameters(original.to(layout.dtype))
+        shared = self._transport.parameters(layout.num_elems, layout.dtype, decision.parameters_sharded)
+        shared.fill(original.to(layout.dtype))
+        return shared
 
     def _cut(self, chunk: ChunkState) -> None:
         """The pieces of a chunk that this rank updates. Those that move are flat, and of limited size."""

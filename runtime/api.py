@@ -117,7 +117,8 @@ class Runtime:
             precision: "float32", or "bf16" with float32 masters.
             zero: what is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too; None: as planned.
             offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters
-                too); None: what does not fit into the host budget.
+                too); "host": nothing, but all of it on the host of a device with memory of its own, where "none" leaves
+                it on the device; None: what does not fit into the budgets.
             activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a word for each; None:
                 kept where they fit.
             order: of micro-batches: "sequential" or "by-unit" (all of them through a unit before the next one, so that

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["call_loss", "call_model", "cast_floats", "num_samples", "num_tokens", "split_batch"]
+__all__ = ["call_loss", "call_model", "cast_floats", "map_tensors", "num_samples", "num_tokens", "split_batch"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -118,10 +118,15 @@ def call_loss(loss: Loss | None, output: Any, batch: Any) -> torch.Tensor:
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """Every floating tensor of a structure, as `dtype`."""
+    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
-    def cast(leaf: Any) -> Any:
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The structure with `change` of every tensor in its place."""
+
+    def changed(leaf: Any) -> Any:
         if isinstance(leaf, Mapping):  # one that torch's trees do not know
-            return type(leaf)({key: cast_floats(item, dtype) for key, item in leaf.items()})  # pyright: ignore[reportCallIssue]
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+            return type(leaf)({key: map_tensors(item, change) for key, item in leaf.items()})  # pyright: ignore[reportCallIssue]
+        return change(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
-    return tree_map(cast, value)
+    return tree_map(changed, value)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..memory.chunk import ChunkLayout
 from ..memory.direct_io import round_up
-from ..parallel.placement import OffloadedParameters, ParameterStore
+from ..parallel.placement import ParameterStore
 
 __all__ = ["ChunkState", "OptimLayout", "OwnedPiece"]
 
@@ -50,6 +50,8 @@ class ChunkState:
         has_master: whether there is one at all.
         sums: float32 gradients summed over ranks and micro-batches: of the owned range, or of the whole chunk.
         squares: sum of squares of `sums` over the owned range.
+        gradients: what a micro-batch's backward made, per field, between the parameters and the sums; None: it is
+            still where autograd made it.
         used: per field, whether any rank had a gradient in this step.
         optim: where its optimizer slots lie in one buffer, if their home is the disk.
         optim_is_written: whether the optimizer's slots are on disk; before the first update the master alone is.
@@ -63,6 +65,7 @@ class ChunkState:
     has_master: bool = False
     sums: torch.Tensor | None = None
     squares: float = 0.0
+    gradients: list[torch.Tensor | None] | None = None
     used: torch.Tensor | None = None
     pieces: list[OwnedPiece] = field(default_factory=list)
     optim: "OptimLayout | None" = None
@@ -72,7 +75,7 @@ class ChunkState:
     @property
     def is_offloaded(self) -> bool:
         """Whether the parameters' home is the disk."""
-        return isinstance(self.store, OffloadedParameters)
+        return self.store.moves
 
     @property
     def moves_pieces(self) -> bool:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 PRECISIONS = {"float32": "float32", "fp32": "float32", "bfloat16": "bf16", "bf16": "bf16"}
-OFFLOADS = ("none", "optimizer", "all")
+OFFLOADS = ("none", "host", "optimizer", "all")
 ACTIVATIONS = ("keep", "recompute", "offload:host", "offload:disk")
 ORDERS = ("sequential", "by-unit")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -110,7 +110,8 @@ class TrainConfig:
         clip_grad_norm: the global gradient norm is scaled down to this; None leaves it.
         precision: "float32", or "bf16" (computes in bfloat16 with float32 masters).
         zero: 0 to 3 fixes what is sharded, None leaves it to the planner.
-        offload: "none", "optimizer" or "all" fixes what lies on disk; None: what does not fit into memory.
+        offload: "none", "host", "optimizer" or "all" fixes what lies elsewhere than it is computed with; None: what
+            does not fit into memory.
         activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a list with a word for
             each; None: "keep" where it fits.
         order: of micro-batches, "sequential" or "by-unit"; None: the leaner one where memory is tight.

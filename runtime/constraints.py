@@ -1,13 +1,16 @@
 """What the caller fixed about memory, and the plan that follows from it.
 
 Owns the words of `offload=`, `activations=`, `order=` and `update=`, their checks, and how they turn a plan of a ZeRO
-stage into one that uses the disk. Does not own choosing what the caller left open (`scheduler/fit.py`).
+stage into one that uses the host of a device with memory of its own, or the disk. Does not own choosing what the caller
+left open (`scheduler/fit.py`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
+
+import torch
 
 from ..memory.budget import Memory
 from ..scheduler.fit import Open, offloaded
@@ -20,9 +23,10 @@ _Word = TypeVar("_Word", bound=StrEnum)
 
 
 class Offload(StrEnum):
-    """What lies on disk between its uses."""
+    """What lies elsewhere than it is computed with, between its uses."""
 
     NONE = "none"
+    HOST = "host"
     OPTIMIZER = "optimizer"
     ALL = "all"
 
@@ -42,12 +46,13 @@ class Constraints:
 
     def check(self, memory: Memory, num_units: int, clips_gradients: bool, micro_batches: int) -> None:
         """Raise ValueError where the words cannot hold with this memory, model and training."""
-        if memory.device is not None or memory.unified is False:
-            raise ValueError(
-                f"Memory(device={memory.device!r}, unified={memory.unified!r}): a device with memory of its own is not "
-                "supported yet; on this machine device and host are the same bytes, so give host= alone"
-            )
+        _check_device(memory)
         offload = _word(Offload, "offload", self.offload)
+        if offload is Offload.HOST and not memory.is_separate:
+            raise ValueError(
+                "offload='host' has no effect where device and host are the same bytes: give Memory(device=...), or "
+                "leave it out"
+            )
         _word(MicroBatchOrder, "order", self.order)
         update = _word(UpdateTime, "update", self.update)
         words = self.words_of_units(num_units) or ()
@@ -77,21 +82,25 @@ class Constraints:
     def open(self, memory: Memory) -> Open:
         """What may be decided."""
         return Open(
-            homes=self.offload is None and memory.disk is not None,
+            homes=self.offload is None and (memory.disk is not None or memory.is_separate),
             activations=self.activations is None,
             order=self.order is None,
             update=self.update is None,
+            disk=memory.disk is not None,
         )
 
     def applied(self, plan: Plan, num_units: int) -> Plan:
         """`plan` with everything that is fixed; what is open stays as it is."""
         changes: dict[str, object] = {}
         if self.offload is not None:
-            everything = self.offload == Offload.ALL
-            slots = Home.HOST if self.offload == Offload.NONE else Home.DISK
-            changes["chunks"] = tuple(
-                offloaded(chunk, Home.DISK if everything else Home.HOST, slots) for chunk in plan.chunks
-            )
+            nearest = Home.HOST if plan.unified else Home.DEVICE
+            homes = {
+                Offload.NONE: (nearest, nearest),
+                Offload.HOST: (Home.HOST, Home.HOST),
+                Offload.OPTIMIZER: (Home.HOST, Home.DISK),
+                Offload.ALL: (Home.DISK, Home.DISK),
+            }[Offload(self.offload)]
+            changes["chunks"] = tuple(offloaded(chunk, *homes) for chunk in plan.chunks)
             if self.offload != Offload.NONE and not plan.clips_gradients:
                 changes["update"] = UpdateTime.BACKWARD
         words = self.words_of_units(num_units)
@@ -102,6 +111,16 @@ class Constraints:
         if self.update is not None:
             changes["update"] = UpdateTime(self.update)
         return replace(plan, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _check_device(memory: Memory) -> None:
+    if memory.device is not None and memory.unified is None and not torch.cuda.is_available():
+        raise ValueError(
+            f"Memory(device={memory.device!r}) has no effect: this machine has no accelerator, device and host are the "
+            "same bytes. Give host= alone, or unified=False for a part of this process's memory that plays a device"
+        )
+    if memory.unified is False and memory.device is None:
+        raise ValueError("Memory(unified=False) needs the device's budget: give device='2GiB' beside host=")
 
 
 def _word(kind: type[_Word], name: str, word: str | None) -> _Word | None:

@@ -1,7 +1,7 @@
-"""One rank's disk tier: its store, and the arena in host memory that reads and writes go through.
+"""One rank's disk tier: its store, and the buffers in host memory that reads and writes go through.
 
-Owns the store's life, the arena and the buffers in it. Does not own what lies where on disk (`memory/disk.py`), the
-buffers' offsets (`memory/arena.py`, at compile time), nor when something moves (programs).
+Owns the store's life, and the host tier where nobody else needs one. Does not own what lies where on disk
+(`memory/disk.py`), the buffers' offsets (`memory/arena.py`, at compile time), nor when something moves (programs).
 """
 
 import logging
@@ -14,6 +14,7 @@ from ..memory.direct_io import AlignedBuffer, DirectIO, round_up
 from ..memory.disk import DiskStatistics, DiskStore, ExtentSpec
 from ..memory.disk_lanes import Ticket
 from ..memory.errors import LaneTimeout
+from ..memory.tiers import HostTier
 from ..scheduler.program import Program
 
 __all__ = ["DiskTier"]
@@ -32,6 +33,7 @@ class DiskTier:
         io: the system calls, for tests.
         deadline_s: how long any wait for the disk may last.
         depth: transfers in flight on each lane.
+        host: whose arena reads and writes go through; None: one of its own.
 
     Raises: as `DiskStore`.
     """
@@ -46,6 +48,7 @@ class DiskTier:
         io: DirectIO | None = None,
         deadline_s: float = 60.0,
         depth: int = 4,
+        host: HostTier | None = None,
     ) -> None:
         self._deadline_s, self._depth = deadline_s, depth
         self._folder, self._run, self._rank, self._io = folder, run, rank, io
@@ -53,8 +56,7 @@ class DiskTier:
         self._stores: list[DiskStore] = []
         self._store_of: dict[str, DiskStore] = {}
         self._sizes: dict[str, int] = {}
-        self._arena: AlignedBuffer | None = None
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._host = host or HostTier()
         if extents:
             self._open(run, extents)
 
@@ -83,19 +85,11 @@ class DiskTier:
 
     def lay_out(self, program: Program) -> None:
         """Make the arena that a program's buffers lie in. Its pages take memory from their first use on."""
-        self._buffers = {}
-        if self._arena is not None:
-            self._arena.close()
-        num_bytes = program.arena_bytes("host")
-        self._arena = AlignedBuffer(num_bytes) if num_bytes else None
-        for buffer in program.buffers:
-            assert self._arena is not None
-            part = self._arena.padded[buffer.start_bytes : buffer.start_bytes + buffer.num_bytes]
-            self._buffers[buffer.name] = torch.frombuffer(part, dtype=torch.uint8)  # a storage of its own
+        self._host.lay_out(program.places("host"))
 
     def buffer(self, name: str) -> torch.Tensor:
         """The buffer that `name` is read into: uint8, flat, page-aligned."""
-        return self._buffers[name]
+        return self._host.buffer(name)
 
     def read(self, name: str, into: torch.Tensor | None = None) -> Ticket:
         """Begin to fill `into` (None: the buffer of that name) with what was written last."""
@@ -131,7 +125,7 @@ class DiskTier:
     @property
     def arena_bytes(self) -> int:
         """Host memory that the buffers take."""
-        return 0 if self._arena is None else self._arena.num_bytes
+        return self._host.arena_bytes
 
     def statistics(self) -> list[DiskStatistics]:
         """Of each file."""
@@ -140,11 +134,6 @@ class DiskTier:
     def close(self) -> None:
         """End the lanes, remove the files, give the arena back. The first error goes on once all are closed."""
         with ExitStack() as stack:
-            stack.callback(self._give_arena_back)
+            stack.callback(self._host.close)
             for store in self._stores:
                 stack.callback(store.close)
-
-    def _give_arena_back(self) -> None:
-        self._buffers = {}
-        if self._arena is not None:
-            self._arena.close()

@@ -19,7 +19,7 @@ from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action
 from ..scheduler.plan import MicroBatchOrder
-from .batch import num_samples, num_tokens, split_batch
+from .batch import map_tensors, num_samples, num_tokens, split_batch
 from .prepared import PreparedEngine
 from .step_result import Statistics, StepResult
 from .weights import full_state_dict, write_weights
@@ -48,7 +48,8 @@ class Engine(PreparedEngine):
         units: names of the modules to schedule as units; None: found.
         transport: "shared-memory" or "gloo"; None: chosen by measurement.
         offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters too);
-            None: as much as does not fit into the budget.
+            "host": nothing, but all of it on the host of a device with memory of its own, where "none" leaves it on
+            the device; None: as much as does not fit into the budgets.
         activations: of units: "keep", "recompute", "offload:host", "offload:disk"; one word for all units, or one for
             each; None: "keep" where it fits.
         order: of micro-batches: "sequential" or "by-unit"; None: the leaner one where the budget asks for it.
@@ -162,12 +163,16 @@ class Engine(PreparedEngine):
         self._executor.close()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._forget(is_over=True)  # what is in the tier's buffers goes with them
+        self._forget(is_over=True)  # what is in the tiers' buffers goes with them
+        if self._state is not None:
+            self._state.leave()
         try:
             if self._tier is not None:
                 self._tier.close()
                 self._tier = None
         finally:
+            if self._tiers is not None:
+                self._tiers.close()
             if self.transport is not None and not (self._state is not None and self._state.drops_copies):
                 self.transport.close()
             self.transport = None
@@ -240,6 +245,8 @@ class Engine(PreparedEngine):
 
     def _run_micro_batch(self, number: int, part: Any, local: int, samples: int) -> None:
         weight = local / samples
+        if self._tiers is not None:
+            part = map_tensors(part, self._tiers.device.bring)
         # The model may use chunks outside of units before it comes to a unit.
         before = self._executor.await_next if self._held else lambda: None
         try:

@@ -36,6 +36,7 @@ class Executor:
         handlers: what to do for each kind of action; compute kinds need none (the model is what they do).
         deadline_s: how long a wait may last in which no action at all finishes.
         clock: seconds, monotonic.
+        computed: called when the compute lane has given out all the work of an action, before that counts as done.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Executor:
         handlers: Mapping[Kind, Handler],
         deadline_s: float = 1800.0,
         clock: Callable[[], float] = time.perf_counter,
+        computed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._handlers = dict(handlers)
+        self._handlers, self._computed = dict(handlers), computed
         self._deadline_s = deadline_s
         self._clock = clock
         self._changed = threading.Condition()
@@ -75,9 +77,8 @@ class Executor:
     @property
     def running(self) -> Action | None:
         """The compute action that the model is in, if any."""
-        if self._current is None or self._program is None:
-            return None
-        return self._program.instructions[self._current].action
+        position, program = self._current, self._program
+        return None if position is None or program is None else program.instructions[position].action
 
     @property
     def active(self) -> bool:
@@ -289,6 +290,8 @@ class Executor:
 
     def _mark_done(self, lane: Lane, position: int, start_s: float | None) -> None:
         program = self._running_program()  # another lane may have failed meanwhile
+        if lane is Lane.COMPUTE:
+            self._computed()
         if start_s is not None:
             instruction = program.instructions[position]
             end_s = self._clock() - self._start_s

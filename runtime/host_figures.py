@@ -15,10 +15,10 @@ from ..scheduler.plan import ChunkPlan, Home, MicroBatchOrder, Plan
 from .adopting import TILE_ELEMS
 from .optimizer import PiecewiseOptimizer
 
-__all__ = ["host_figures", "process_bytes"]
+__all__ = ["RESERVE_BYTES", "TURN_BYTES", "host_figures", "process_bytes", "update_bytes"]
 
-_RESERVE_BYTES = 32 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
-_TURN_BYTES = 2 << 20  # of a micro-batch's own thread, where micro-batches take turns
+RESERVE_BYTES = 32 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
+TURN_BYTES = 2 << 20  # of a micro-batch's own thread, where micro-batches take turns
 
 
 def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
@@ -41,7 +41,7 @@ def host_figures(
         transport: name of it; `single` on one rank.
         process: bytes of the process without the model.
     """
-    is_summed = plan.world_size > 1 or plan.precision != "float32"
+    is_summed = plan.sums_gradients
     state: dict[int, int] = {}
     gradients: dict[int, int] = {}
     updates: dict[int, int] = {}
@@ -61,13 +61,13 @@ def host_figures(
             state[layout.index] += owned * slots
         sharded = plan.world_size if decision.gradients_sharded else 1
         gradients[layout.index] = layout.num_elems // sharded * 4 if is_summed else layout.num_bytes
-        updates[layout.index] = _update_bytes(layout, decision, optimizer, owned, slots)
+        updates[layout.index] = update_bytes(layout, decision, optimizer, owned, slots)
     trainable = [layout.num_bytes for layout in layouts if layout.trainable]
     exchange = 0
     if plan.world_size > 1:
         exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
-    reserve = _RESERVE_BYTES + _TURN_BYTES * threads
+    reserve = RESERVE_BYTES + TURN_BYTES * threads
     return HostFigures(process, state, gradients, exchange, updates, is_summed, reserve, copies)
 
 
@@ -85,7 +85,7 @@ def _parameter_bytes(layout: ChunkLayout, decision: ChunkPlan, plan: Plan, trans
     return layout.num_bytes // (plan.world_size if decision.parameters_sharded else 1)
 
 
-def _update_bytes(
+def update_bytes(
     layout: ChunkLayout, decision: ChunkPlan, optimizer: PiecewiseOptimizer, owned: int, slots: int
 ) -> int:
     """Temporaries of torch's update, and the slots that the first one makes before they go to their buffer."""

@@ -7,24 +7,30 @@ The model keeps its own Parameter objects; their `.data` are views into the chun
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..memory.chunk import ChunkLayout
 from ..parallel.actions import Action
-from ..parallel.placement import CommonParameters, GatheredParameters, WindowParameters
+from ..parallel.placement import (
+    CommonParameters,
+    UploadedParameters,
+    WindowParameters,
+)
+from ..scheduler.moves import DEVICE_COPY
 from ..scheduler.plan import Plan, UpdateTime
 from .adopting import Adoption, Fill
 from .chunk_state import ChunkState, OptimLayout, OwnedPiece
-from .gradients import add_to_sums, pack_gradients, refuse_sparse
+from .device_state import DeviceState
+from .gradients import Stash, add_gradients, norm_of, pack_gradients, refuse_sparse, take_gradients
 from .offload import OffloadedState
 from .optimizer import PiecewiseOptimizer
 
 if TYPE_CHECKING:
+    from ..memory.tiers import Tiers
     from ..parallel.collectives import Transport
     from .disk_tier import DiskTier
 
@@ -43,6 +49,7 @@ class ModelState:
         tier: the disk tier, where the plan uses it.
         optims: per chunk, where its optimizer slots lie on disk, or None.
         fill: gives the values, unit by unit; None: the model has them.
+        tiers: host and device, where they are not the same memory.
     """
 
     def __init__(
@@ -56,24 +63,27 @@ class ModelState:
         tier: "DiskTier | None" = None,
         optims: Sequence[OptimLayout | None] = (),
         fill: Fill | None = None,
+        tiers: "Tiers | None" = None,
     ) -> None:
         self._plan = plan
         self._optimizer = optimizer
         self._transport = transport
         self._clip_grad_norm = clip_grad_norm
         self._by_name = dict(model.named_parameters())
-        self._placeholders = {layout.dtype: torch.empty(0, dtype=layout.dtype) for layout in layouts}
+        self._device = None if tiers is None else DeviceState(tiers, self._point_at_full)
+        device = None if self._device is None else self._device.device
+        self._placeholders = {layout.dtype: torch.empty(0, dtype=layout.dtype, device=device) for layout in layouts}
         self._nothing = torch.empty(0)
         self._gathered_all = ExitStack()
-        self._reduces = transport is not None or plan.precision != "float32"
+        self._reduces = plan.sums_gradients
         self.grad_norm: float | None = None
         self.loss = 0.0
         self.micro_loss = 0.0
         self._norms: dict[str, torch.Tensor] = {}
-        self._stashed: dict[tuple[int | None, int], torch.Tensor | None] = {}  # (micro-batch, parameter) -> gradient
+        self._stash = Stash()
         self._offloaded = OffloadedState(tier, optimizer, self._point_at_full) if tier is not None else None
         self.chunks: list[ChunkState] = []
-        adoption = Adoption(self._by_name, plan, transport, self._offloaded, optims, self._point_at_full)
+        adoption = Adoption(self._by_name, plan, transport, self._offloaded, optims, self._point_at_full, self._device)
         for chunk in adoption.chunks(layouts, fill):
             self.chunks.append(chunk)
         self._place_of = {
@@ -111,12 +121,24 @@ class ModelState:
 
     def drop(self, action: Action) -> None:
         chunk = self._chunk(action)
-        if action.slot is not None:
+        if action.slot == DEVICE_COPY:
+            assert self._device is not None
+            self._device.drop(chunk)
+        elif action.slot is not None:
             assert self._offloaded is not None
             self._offloaded.drop(chunk, action)
-            return
-        chunk.store.drop()
-        self._point_at_full(chunk)
+        else:
+            chunk.store.drop()
+            self._point_at_full(chunk)
+
+    def up(self, action: Action) -> None:
+        assert self._device is not None
+        self._device.up(self._chunk(action))
+
+    def down(self, action: Action) -> None:
+        assert self._device is not None
+        chunk = self._chunk(action)
+        chunk.gradients = self._device.down(chunk, take_gradients(chunk, action.micro_batch, self._stash))
 
     def read(self, action: Action) -> Callable[[], None] | None:
         assert self._offloaded is not None
@@ -129,17 +151,14 @@ class ModelState:
     def reduce(self, action: Action) -> None:
         """Sum this micro-batch's gradients over the ranks, onto those of the micro-batches before it."""
         chunk = self._chunk(action)
-        for parameter in chunk.parameters:  # put by in a turn that was not known to be the micro-batch's last
-            if (stashed := self._stashed.pop((action.micro_batch, id(parameter)), None)) is not None:
-                parameter.grad = stashed
-        refuse_sparse(chunk)
-        first = chunk.used is None
+        if chunk.gradients is None:
+            chunk.gradients = take_gradients(chunk, action.micro_batch, self._stash)
         whole = self._transport is None or not self._plan.chunks[chunk.layout.index].gradients_sharded
         if chunk.sums is None:
             size = chunk.layout.num_elems if whole else chunk.store.stop - chunk.store.start
-            chunk.sums = torch.zeros(size, dtype=torch.float32)
+            chunk.sums = torch.zeros(size, dtype=torch.float32, device=chunk.store.shard.device)
         if self._transport is None:
-            used = add_to_sums(chunk, accumulate=not first)
+            used = add_gradients(chunk)
         else:
             chunk.squares, used = self._transport.reduce(
                 lambda flat, flags: pack_gradients(chunk, flat, flags),
@@ -147,8 +166,9 @@ class ModelState:
                 len(chunk.layout.fields),
                 chunk.sums,
                 whole,
-                accumulate=not first,
+                accumulate=chunk.used is not None,
             )
+        chunk.gradients = None
         chunk.used = used if chunk.used is None else chunk.used | used
 
     def norm(self, _action: Action) -> None:
@@ -160,13 +180,9 @@ class ModelState:
                 self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
                 self._norms = {}
                 return
-            named = [(name, self._local_gradient(name)) for name in self._by_name]
-            gradients = [gradient for _, gradient in named if gradient is not None]
-            total = get_total_norm(gradients) if gradients else torch.zeros(())
-            self.grad_norm = total.item()
-            if self._clip_grad_norm is not None and gradients:
-                holders = [_Holder(gradient) for gradient in gradients]
-                clip_grads_with_norm_(holders, self._clip_grad_norm, total)  # pyright: ignore[reportArgumentType]
+            named = [self._local_gradient(name) for name in self._by_name]
+            gradients = [gradient for gradient in named if gradient is not None]
+            self.grad_norm = norm_of(gradients, self._clip_grad_norm)
             return
         squares = sum(chunk.squares for chunk in self.chunks)
         rows = self._transport.gather_rows([squares, self.micro_loss])
@@ -183,7 +199,8 @@ class ModelState:
         """Update the pieces of a chunk that this rank owns, and forget their gradients."""
         chunk = self._chunk(action)
         if self._transport is None and self._plan.update is UpdateTime.BACKWARD:
-            self._take_norms(chunk)
+            gradients = {item.name: self._local_gradient(item.name) for item in chunk.layout.fields}
+            self._norms |= {key: torch.linalg.vector_norm(g) for key, g in gradients.items() if g is not None}
         base = chunk.master if chunk.has_master else chunk.store.shard
         for piece in chunk.pieces:
             tensor = piece.tensor
@@ -224,12 +241,6 @@ class ModelState:
         start = piece.gradient_start
         return chunk.sums[start : start + piece.num_elems].view(piece.tensor.shape)
 
-    def _take_norms(self, chunk: ChunkState) -> None:
-        for item in chunk.layout.fields:
-            gradient = self._local_gradient(item.name)
-            if gradient is not None:
-                self._norms[item.name] = torch.linalg.vector_norm(gradient)
-
     # ---- what others ask
 
     def gather_all(self) -> None:
@@ -248,8 +259,20 @@ class ModelState:
             self._point_at_full(chunk)
         self._gathered_all.close()
 
-    def _in_memory(self, chunk: ChunkState, with_master: bool) -> AbstractContextManager[None]:
-        return nullcontext() if self._offloaded is None else self._offloaded.in_memory(chunk, with_master)
+    @contextmanager
+    def _in_memory(self, chunk: ChunkState, with_master: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._offloaded is not None:
+                stack.enter_context(self._offloaded.in_memory(chunk, with_master))
+            if self._device is not None:
+                stack.enter_context(self._device.brought(chunk))
+            yield
+
+    def leave(self) -> None:
+        """The model keeps the weights that are whole in memory, wherever they are."""
+        if self._device is not None:
+            for chunk in self.chunks:
+                self._device.leave(chunk)
 
     @contextmanager
     def gathered_chunk(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -272,29 +295,23 @@ class ModelState:
                     self._point_at_full(chunk)
 
     def stash_gradients(self, chunks: Sequence[int], micro_batch: int) -> None:
-        """Put a micro-batch's gradients of these chunks by, while another one has its turn.
-
-        Gradients of parameters used between units are made at places that no action stands for, and reduced at the end
-        of their micro-batch: until then those of several micro-batches must not run into each other.
-        """
+        """Put a micro-batch's gradients of these chunks by, while another one has its turn."""
         if self._reduces:
-            for index in chunks:
-                for parameter in self.chunks[index].parameters:
-                    self._stashed[micro_batch, id(parameter)], parameter.grad = parameter.grad, None
+            self._stash.put((self.chunks[index] for index in chunks), micro_batch)
 
     def restore_gradients(self, chunks: Sequence[int], micro_batch: int) -> None:
         """The micro-batch has its turn again."""
         if self._reduces:
-            for index in chunks:
-                for parameter in self.chunks[index].parameters:
-                    parameter.grad = self._stashed.pop((micro_batch, id(parameter)), None)
+            self._stash.restore((self.chunks[index] for index in chunks), micro_batch)
 
     def forget_gradients(self) -> None:
         """After a failed step: no gradient is left over for the next."""
         self._norms = {}
-        self._stashed = {}
+        self._stash = Stash()
         for chunk in self.chunks:
-            chunk.used = None
+            if isinstance(chunk.store, UploadedParameters) and self._device is not None:
+                self._device.drop(chunk)
+            chunk.used = chunk.gradients = None
             for parameter in chunk.parameters:
                 parameter.grad = None
 
@@ -306,11 +323,8 @@ class ModelState:
 
     @property
     def drops_copies(self) -> bool:
-        """Whether gathered copies really go away: tensors that autograd saves must then not hold on to them."""
-        return any(
-            chunk.is_offloaded or (isinstance(chunk.store, GatheredParameters) and chunk.store.droppable)
-            for chunk in self.chunks
-        )
+        """Whether what units compute with really goes away: tensors that autograd saves must then not hold on to it."""
+        return any(chunk.store.comes_and_goes for chunk in self.chunks)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 value of every parameter whose master is kept beside it. Collective."""
@@ -382,10 +396,3 @@ class ModelState:
         if chunk.used is None or not chunk.used[index] or chunk.sums is None:
             return None
         return chunk.layout.view(chunk.sums, chunk.layout.fields[index])
-
-
-class _Holder:
-    """Something with a `.grad`, for torch's clipping."""
-
-    def __init__(self, grad: torch.Tensor) -> None:
-        self.grad = grad

@@ -1,17 +1,22 @@
 """Activations that move between forward and backward: what SAVE and LOAD do on one rank.
 
-Owns which unit runs' activations move, and their way between autograd and the disk tier's buffers. Does not own what
-autograd is given meanwhile (`memory/activations.py`), buffers and files (`runtime/disk_tier.py`), nor when (programs).
+Owns which unit runs' activations move, and their way between autograd and the tiers' buffers: to the host, to the disk,
+or over the one to the other. Does not own what autograd is given meanwhile (`memory/activations.py`), arenas
+(`memory/tiers.py`), files (`runtime/disk_tier.py`), nor when (programs).
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 from ..memory.activations import ActivationStore
 from ..memory.budget import format_bytes
 from ..memory.disk_lanes import Ticket
+from ..memory.tiers import Tiers
 from ..parallel.actions import Action
+from ..scheduler.moves import DEVICE_COPY
 from .disk_tier import DiskTier
 from .model_state import ModelState
 from .saved_tensors import places
@@ -25,14 +30,27 @@ class MovingActivations:
     """See the module's words.
 
     Args:
-        tier: with an extent `a<run>.<micro-batch>` for each of `moves`.
-        moves: the (unit run, micro-batch) pairs that the program has SAVE and LOAD for.
+        moves: the (unit run, micro-batch) pairs that the program has SAVE and LOAD for, with the names of their buffers
+            on the host, `a<run>.<micro-batch>`.
+        tier: with an extent for each of those that go to disk; None where none does.
+        on_disk: unit runs whose activations go to disk.
+        tiers: host and device, where they are not the same memory.
     """
 
-    def __init__(self, state: ModelState, tier: DiskTier, moves: Mapping[tuple[int, int], str]) -> None:
+    def __init__(
+        self,
+        state: ModelState,
+        moves: Mapping[tuple[int, int], str],
+        tier: DiskTier | None,
+        on_disk: Set[int],
+        tiers: Tiers | None = None,
+    ) -> None:
         self._tier = tier
+        self._tiers = tiers
+        self._on_disk = on_disk
         self._moves = dict(moves)
-        self._store = ActivationStore(elsewhere=places(state))
+        device = "cpu" if tiers is None else tiers.device.device
+        self._store = ActivationStore(device, elsewhere=places(state))
         self._away: set[tuple[int, int]] = set()
         self._too_large: set[int] = set()  # unit runs that were warned of
 
@@ -42,12 +60,12 @@ class MovingActivations:
         return self._store.hooks(run, micro_batch)
 
     def save(self, action: Action) -> Callable[[], None] | None:
-        """SAVE: what a unit saved is on disk when the result was called, and nowhere else."""
+        """SAVE: what a unit saved is on the host, or on disk when the result was called, and nowhere else."""
         run, micro_batch = _place(action)
         if not self._store.holds(run, micro_batch):  # there was no sample for this micro-batch
             return None
         name = self._moves[run, micro_batch]
-        buffer = self._tier.buffer(name)
+        buffer = self._buffer(name)
         needed = self._store.bytes_needed(run, micro_batch)
         if needed > buffer.numel():
             if run not in self._too_large:
@@ -58,25 +76,51 @@ class MovingActivations:
                     run, format_bytes(needed), format_bytes(buffer.numel()),
                 )  # fmt: skip
             return None
-        self._store.save(run, micro_batch, buffer)
-        ticket = self._tier.write(name)
+        with self._copying():
+            self._store.save(run, micro_batch, buffer)
+        ticket = self._tier.write(name) if run in self._on_disk and self._tier is not None else None
         self._away.add((run, micro_batch))
-        return lambda: _ended(ticket)
+        return None if ticket is None else lambda: _ended(ticket)
 
     def load(self, action: Action) -> Callable[[], None] | None:
-        """LOAD: it is in its buffer again when the result was called."""
+        """LOAD: it is in a buffer where the unit computes, if it comes from disk when the result was called."""
         run, micro_batch = _place(action)
         if (run, micro_batch) not in self._away:
             return None
         self._away.discard((run, micro_batch))
-        name = self._moves[run, micro_batch]
-        ticket = self._tier.read(name)
+        if run not in self._on_disk:
+            self._bring(run, micro_batch)
+            return None
+        assert self._tier is not None
+        ticket = self._tier.read(self._moves[run, micro_batch])
 
         def end() -> None:
             ticket.wait()
-            self._store.load(run, micro_batch, self._tier.buffer(name))
+            self._bring(run, micro_batch)
 
         return end
+
+    def _bring(self, run: int, micro_batch: int) -> None:
+        """From the buffer on the host to where the unit computes."""
+        name = self._moves[run, micro_batch]
+        buffer = self._buffer(name)
+        if self._tiers is not None:
+            num_bytes = self._store.bytes_needed(run, micro_batch)
+            target = self._tiers.device.buffer(f"{name}:{DEVICE_COPY}")
+            with self._copying():
+                target[:num_bytes].copy_(buffer[:num_bytes], non_blocking=True)
+            buffer = target
+        self._store.load(run, micro_batch, buffer)
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        """On the host."""
+        if self._tiers is not None:
+            return self._tiers.host.buffer(name)
+        assert self._tier is not None
+        return self._tier.buffer(name)
+
+    def _copying(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._tiers is None else self._tiers.device.copying()
 
     def release(self, run: int, micro_batch: int) -> None:
         if self._store.holds(run, micro_batch):

@@ -186,7 +186,7 @@ class OffloadedState:
     def _point_at_shard(self, chunk: ChunkState) -> None:
         """A gathered copy is no business of the shard's moves: other lanes gather and drop it at the same time."""
         assert isinstance(chunk.store, OffloadedParameters)
-        if not chunk.store.gathers:
+        if chunk.store.computes_with_shard:
             self._point(chunk)
 
     def _attach_slots(self, chunk: ChunkState, buffer: torch.Tensor) -> None:

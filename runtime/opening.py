@@ -11,10 +11,11 @@ from torch import nn
 
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
+from ..memory.tiers import Tiers
 from ..parallel.actions import Kind
 from ..parallel.units import Unit
 from ..scheduler.plan import Activations, Plan
-from ..scheduler.program import Program
+from ..scheduler.program import Lane, Program
 from .adopting import Fill
 from .disk_tier import DiskTier
 from .model_state import ModelState
@@ -27,14 +28,26 @@ if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .filling import Filler
 
-__all__ = ["fill_with", "open_moves", "open_state", "open_tier", "recompute_units"]
+__all__ = ["fill_with", "lay_out", "open_moves", "open_state", "open_tier", "recompute_units"]
 
 
-def open_tier(memory: Memory, run_name: str, rank: int, extents: dict[str, int]) -> DiskTier:
+def open_tier(
+    memory: Memory, run_name: str, rank: int, extents: dict[str, int], tiers: Tiers | None = None
+) -> DiskTier:
     """The disk tier in the folder of `memory`. Raises as `DiskTier`."""
     folder = memory.disk_folder
     assert folder is not None
-    return DiskTier(folder, run_name, rank, extents, memory.disk_limit_bytes)
+    host = None if tiers is None else tiers.host
+    return DiskTier(folder, run_name, rank, extents, memory.disk_limit_bytes, host=host)
+
+
+def lay_out(program: Program, tier: DiskTier | None, tiers: Tiers | None) -> None:
+    """Make the arenas that a program's buffers lie in."""
+    if tiers is not None:
+        tiers.host.lay_out(program.places("host"))
+        tiers.device.lay_out(program.places("device"))
+    elif tier is not None:
+        tier.lay_out(program)
 
 
 def fill_with(filler: "Filler | None", model: nn.Module, units: Sequence[Unit]) -> Fill | None:
@@ -61,6 +74,7 @@ def open_state(
     run_name: str,
     fill: Fill | None,
     make: Callable[..., ModelState] = ModelState,
+    tiers: Tiers | None = None,
 ) -> tuple[ModelState, DiskTier | None]:
     """Put the model's state where the plan has its home. What was opened is closed where that fails.
 
@@ -70,9 +84,9 @@ def open_state(
     optims = optim_layouts(layouts, plan, optimizer.slots, original_dtypes)
     extents = state_extents(layouts, plan, optims)
     rank = 0 if transport is None else transport.rank
-    tier = open_tier(memory, run_name, rank, extents) if extents else None
+    tier = open_tier(memory, run_name, rank, extents, tiers) if extents else None
     try:
-        state = make(model, layouts, plan, optimizer, transport, clip_grad_norm, tier, optims, fill)
+        state = make(model, layouts, plan, optimizer, transport, clip_grad_norm, tier, optims, fill, tiers)
     except BaseException:
         if tier is not None:
             tier.close()
@@ -89,13 +103,17 @@ def recompute_units(units: Sequence[Unit], plan: Plan) -> list[Recomputed]:
     ]
 
 
-def open_moves(program: Program, state: ModelState, tier: DiskTier) -> MovingActivations:
-    """Make room on disk for the activations that the program moves."""
+def open_moves(
+    program: Program, state: ModelState, tier: DiskTier | None, tiers: Tiers | None = None
+) -> MovingActivations:
+    """Make room for the activations that the program moves, those on the lane `write` on disk."""
+    on_disk = {i.action.index for i in program.instructions if i.action.kind is Kind.SAVE and i.lane is Lane.WRITE}
     moves = {
         (action.index, action.micro_batch): str(action).split()[1]
         for action in program.actions(Kind.SAVE)
         if action.index is not None and action.micro_batch is not None
     }
     sizes = {buffer.name: buffer.num_bytes for buffer in program.buffers}
-    tier.add_activations({name: sizes[name] for name in moves.values()})
-    return MovingActivations(state, tier, moves)
+    if tier is not None:
+        tier.add_activations({name: sizes[name] for (run, _), name in moves.items() if run in on_disk})
+    return MovingActivations(state, moves, tier, {run for run, _ in moves} & on_disk, tiers)

@@ -64,7 +64,7 @@ class Passage:
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any trainable parameter: nothing can be trained")
         hooks.begin_backward()
-        loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype))
+        loss.backward(None if weight == 1 else torch.tensor(weight, dtype=loss.dtype, device=loss.device))
         hooks.end_backward()
         return value
 

@@ -17,8 +17,9 @@ from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
 from ..parallel.units import Unit
+from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import Assessment, Open, choose
-from ..scheduler.ledger import Ledger, host_ledger
+from ..scheduler.ledger import HostFigures, Ledger, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
 from ..scheduler.plan import Activations, Home, Plan
@@ -26,6 +27,7 @@ from ..scheduler.program import Program, StepShape
 from ..scheduler.trace import Trace
 from ..scheduler.verify import verify
 from .constraints import offloaded
+from .device_figures import separate_figures
 from .host_figures import host_figures, process_bytes
 from .offload import optim_layouts
 from .optimizer import PiecewiseOptimizer
@@ -46,13 +48,15 @@ class Planned:
 
     Attributes:
         held: chunks used outside of units.
-        ledger: the fullest moment as it was predicted; None where memory is ample and nothing was predicted.
+        ledger: the host's fullest moment as it was predicted; None where memory is ample and nothing was predicted.
+        device: likewise the device's, where it has memory of its own.
     """
 
     plan: Plan
     program: Program
     held: tuple[int, ...]
     ledger: Ledger | None
+    device: Ledger | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Planner:
         batch_bytes = sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor))
 
         def shape_of(plan: Plan) -> StepShape:
-            everything = replace(plan, chunks=tuple(offloaded(c, c.parameter_home, Home.DISK) for c in plan.chunks))
+            everything = replace(plan, chunks=tuple(offloaded(c, Home.DISK, Home.DISK) for c in plan.chunks))
             optims = optim_layouts(self.layouts, everything, self.optimizer.slots, self.original_dtypes)
             return step_shape(trace, self.units, self.layouts, plan, optims, profile, batch_bytes)
 
@@ -104,35 +108,51 @@ class Planner:
             verify(program, shape, plan)
             return Planned(plan, program, shape.held, None)
         assert profile is not None
-        found = self._choose(plan, open_, profile, shape_of)
+        found = self._choose(plan, open_, profile, shape_of, batch_bytes)
         shape = shape_of(found.plan)
         verify(found.program, shape, found.plan)
-        return Planned(found.plan, found.program, shape.held, found.ledger)
+        return Planned(found.plan, found.program, shape.held, found.ledger, found.device)
 
     def _choose(
-        self, plan: Plan, open_: Open, profile: MemoryProfile, shape_of: Callable[[Plan], StepShape]
+        self,
+        plan: Plan,
+        open_: Open,
+        profile: MemoryProfile,
+        shape_of: Callable[[Plan], StepShape],
+        batch_bytes: int,
     ) -> Assessment:
         return_freed_blocks()  # what the profile left
         process = process_bytes(list(self.model.parameters()))
         budget = self.memory.host_bytes
         assert budget is not None
+        device = self.memory.device_bytes
         if self.transport is not None:
-            rows = self.transport.gather_rows([float(process), float(budget)])
+            rows = self.transport.gather_rows([float(process), float(budget), float(device or 0)])
             process, budget = int(rows[:, 0].max()), int(rows[:, 1].min())
+            device = None if device is None else int(rows[:, 2].min())
         name = "single" if self.transport is None else self.transport.name
 
         def assess(plan: Plan) -> Assessment:
             shape = shape_of(plan)
             program = compile_program(shape, plan)
-            figures = host_figures(self.layouts, plan, self.optimizer, self.original_dtypes, name, process)
-            return Assessment(plan, program, host_ledger(program, shape, plan, profile, figures))
+            figures_of = host_figures if plan.unified else separate_figures
+            found = figures_of(self.layouts, plan, self.optimizer, self.original_dtypes, name, process)
+            if isinstance(found, HostFigures):
+                return Assessment(plan, program, host_ledger(program, shape, plan, profile, found))
+            buffers = sum(buffer.nbytes for buffer in self.model.buffers())
+            return Assessment(
+                plan,
+                program,
+                host_ledger(program, shape, plan, profile, found[0]),
+                device_ledger(program, shape, plan, profile, found[1], batch_bytes + buffers),
+            )
 
         if self.transport is None:
-            return choose(plan, open_, len(self.units), budget, assess)
+            return choose(plan, open_, len(self.units), budget, assess, device)
         decided: Plan | DoesNotFit | None = None
         if self.transport.rank == 0:
             try:
-                decided = choose(plan, open_, len(self.units), budget, assess).plan
+                decided = choose(plan, open_, len(self.units), budget, assess, device).plan
             except DoesNotFit as error:
                 decided = error
         decided = self.transport.broadcast_object(decided)

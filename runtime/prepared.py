@@ -16,12 +16,13 @@ from torch import nn
 
 from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
 from ..memory.budget import Memory
+from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import open_mesh
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
 from ..scheduler.ledger import Ledger
-from ..scheduler.plan import Home, Plan, plan_for_zero
+from ..scheduler.plan import Activations, Home, Plan, plan_for_zero
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, split_batch
@@ -31,7 +32,7 @@ from .engine_checks import check_arguments, check_fit
 from .executor import Executor, Handler
 from .model_state import ModelState
 from .moving import MovingActivations
-from .opening import fill_with, open_moves, open_state, open_tier, recompute_units
+from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
 from .pipeline_words import PipelineWords
@@ -97,14 +98,20 @@ class PreparedEngine(ABC):
         self._constraints = Constraints(offload, activations, order, update)
         self._constraints.check(self.memory, len(self._units), clips, micro_batches)
         plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        plan = replace(plan, unified=not self.memory.is_separate)
         self.plan: Plan = self._constraints.applied(plan, len(self._units))
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport, self._mesh.data_group) if ranks > 1 else None
         dtype = torch.bfloat16 if precision == "bf16" else None
         self._passage = Passage(model, loss, forward, dtype, self.rank)
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if pipeline > 1 and self.memory.is_separate:
+            raise ValueError("a stage of a pipeline computes in one memory: leave Memory(device=) out, or pipeline=")
+        self._tiers = open_tiers() if self.memory.is_separate else None
         # A rank of a pipeline has a part of the model, which is known when the first batch is.
-        self._is_ample = pipeline > 1 or check_fit(model, self._layouts, self.plan, self.memory)
+        self._is_ample = pipeline > 1 or (
+            self._tiers is None and check_fit(model, self._layouts, self.plan, self.memory)
+        )
         if not self._is_ample:
             return_blocks_at_once()
         else:
@@ -123,6 +130,8 @@ class PreparedEngine(ABC):
             Kind.REDUCE: lambda action: self.state.reduce(action),
             Kind.NORM: self._norm,
             Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
+            Kind.UP: lambda action: self.state.up(action),
+            Kind.DOWN: lambda action: self.state.down(action),
             Kind.READ: lambda action: self.state.read(action),
             Kind.WRITE: lambda action: self.state.write(action),
             Kind.SAVE: lambda action: self._moving.save(action) if self._moving else None,
@@ -132,7 +141,7 @@ class PreparedEngine(ABC):
             handlers[kind] = lambda action: self._pipeline.send(action) if self._pipeline else None
         for kind in (Kind.RECV_F, Kind.RECV_B):
             handlers[kind] = lambda action: self._pipeline.receive(action) if self._pipeline else None
-        self._executor = Executor(handlers)
+        self._executor = Executor(handlers, computed=lambda: self._tiers.device.computed() if self._tiers else None)
         self._moving: MovingActivations | None = None
         self._recomputed: list[Recomputed] = []
         self._seed = seed
@@ -153,6 +162,7 @@ class PreparedEngine(ABC):
         self._parts: Sequence[MicroBatch] = ()
         self.timeline = Timeline(())
         self.predicted: Ledger | None = None
+        self.predicted_device: Ledger | None = None
         cast_buffers(model, precision)
         self._pipeline = self._open_pipeline(words, transport)
         if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:
@@ -167,11 +177,13 @@ class PreparedEngine(ABC):
 
     @property
     def state(self) -> ModelState:
-        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on disk."""
+        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on the farthest
+        tier."""
         if self._state is None and self._pipeline is not None:
             raise ValueError("the stages of a pipeline are known after the first step: ask then, or give example=")
         if self._state is None:
-            everything = tuple(offloaded(chunk, Home.DISK, Home.DISK) for chunk in self.plan.chunks)
+            farthest = Home.HOST if self.memory.disk is None else Home.DISK
+            everything = tuple(offloaded(chunk, farthest, farthest) for chunk in self.plan.chunks)
             self.plan = replace(self.plan, chunks=everything)
             self._open_state()
         assert self._state is not None
@@ -218,6 +230,7 @@ class PreparedEngine(ABC):
             self._run_name,
             fill_with(self._filler, self.model, self._units),
             make,
+            self._tiers,
         )
         if self._make_lr_scheduler is not None:
             self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
@@ -256,16 +269,16 @@ class PreparedEngine(ABC):
         open_ = replace(open_, homes=open_.homes and self._state is None)
         planned = planner.plan(self.plan, open_, self._trace, self._passage.forward, self._passage.call_loss, part)
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
-        self.predicted = planned.ledger
+        self.predicted, self.predicted_device = planned.ledger, planned.device
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
         self._recomputed = recompute_units(self._units, self.plan)
         if self._program.actions(Kind.SAVE):
-            self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {})
-            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier)
-        if self._tier is not None:
-            self._tier.lay_out(self._program)
+            if Activations.OFFLOAD_DISK in self.plan.activations:
+                self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {}, self._tiers)
+            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
+        lay_out(self._program, self._tier, self._tiers)
 
     def _compile_pipeline(self, pipeline: "Pipeline", part: Any) -> None:
         """The stages of this rank: choose them, take over their parameters, and let go of all others."""

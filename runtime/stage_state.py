@@ -17,7 +17,7 @@ from ..parallel.actions import Action
 from ..parallel.mail import Mail
 from ..scheduler.pipeline_program import TIED
 from .chunk_state import ChunkState
-from .gradients import pack_gradients, refuse_sparse
+from .gradients import pack_gradients, refuse_sparse, take_gradients
 from .model_state import ModelState
 
 __all__ = ["StageParts", "StageState"]
@@ -96,7 +96,9 @@ class StageState(ModelState):
             flags = flags if chunk.used is None else chunk.used
         else:
             own = torch.empty(chunk.layout.num_elems, dtype=chunk.layout.dtype)
+            chunk.gradients = take_gradients(chunk, None, self._stash)
             pack_gradients(chunk, own, flags)
+            chunk.gradients = None
         if own is None:
             assert chunk.store.full is not None or chunk.sums is not None
             own = chunk.sums if chunk.sums is not None else torch.zeros(chunk.layout.num_elems)

@@ -64,7 +64,8 @@ def full_state_dict(model: nn.Module, state: ModelState, dtypes: Mapping[str, to
         dtypes: parameter name -> dtype that the model had when it was given.
     """
     stored = {
-        name: value.to(dtypes.get(name, value.dtype), copy=True) for name, value in _values_by_chunk(model, state)
+        name: value.to("cpu", dtypes.get(name, value.dtype), copy=True)
+        for name, value in _values_by_chunk(model, state)
     }
     return {name: stored[source] for name, source in _sources(model).items()}
 

@@ -80,7 +80,8 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     if memory.disk is not None:
         return_blocks_at_once()  # from the first block on: a heap that has grown does not shrink
     parts = shares(source, config)
-    first = [next(parts)] if memory.disk is not None else []  # the plan is made for it, before anything is moved
+    is_planned = memory.disk is not None or memory.is_separate
+    first = [next(parts)] if is_planned else []  # the plan is made for it, before anything is moved
     engine = progress.engine = _engine(job, memory, Path(run_path).name, first[0].samples if first else None)
     sink.send(
         Started(

@@ -1,7 +1,8 @@
 """The host bytes of a program at its fullest moment, known before the first step.
 
 Owns adding up what lives when: state, buffers, gradients, activations. Does not own the numbers themselves (a
-`MemoryProfile`, the layouts of chunks) nor what is done where they do not fit (`fit.py`).
+`MemoryProfile`, the layouts of chunks), what a device with memory of its own holds (`device_ledger.py`), nor what is
+done where they do not fit (`fit.py`).
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,7 @@ from .memory_profile import MemoryProfile
 from .plan import Activations, Plan, UpdateTime
 from .program import Program, StepShape
 
-__all__ = ["HostFigures", "Ledger", "host_ledger"]
-
-_KEEPING = {
-    Activations.KEEP: Keeping.KEEP,
-    Activations.RECOMPUTE: Keeping.RECOMPUTE,
-    Activations.OFFLOAD_HOST: Keeping.KEEP,  # on a unified machine: the same bytes
-    Activations.OFFLOAD_DISK: Keeping.OFFLOAD,
-}
+__all__ = ["ActivationWalk", "HostFigures", "Ledger", "host_ledger", "keeping"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +59,9 @@ class Ledger:
 
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
-    """Walk the compute lane in its order: everything that host memory holds is bound to it."""
-    policies = [_KEEPING[plan.activations_of(use.unit)] for use in shape.units]
-    levels = levels_under(profile, policies)
+    """Walk the compute lane in its order: everything that host memory holds is bound to it. Activations count where
+    units compute in host memory."""
+    levels = levels_under(profile, keeping(program, shape, plan))
     fixed = {
         "process": figures.process_bytes + profile.library_bytes,
         "state": sum(figures.state_bytes.values()),
@@ -81,7 +75,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         gradients = dict.fromkeys(figures.gradient_bytes, 0)
     else:
         gradients = dict(figures.gradient_bytes)
-    walk = _Walk(levels)
+    walk = ActivationWalk(levels)
     held: set[int] = set()
     best = Ledger(0, "", {})
     for instruction in program.instructions:
@@ -90,10 +84,10 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         if action.kind in (Kind.F, Kind.B):
             if action.kind is Kind.B:
                 held |= _completed(action, shape)
-            activations = walk.top(action)
+            activations = walk.top(action) if plan.unified else 0
         elif action.kind is Kind.STEP:
             assert action.index is not None
-            activations = walk.now
+            activations = walk.now if plan.unified else 0
             update = figures.update_bytes.get(action.index, 0)
         else:
             continue
@@ -117,7 +111,18 @@ def _completed(action: Action, shape: StepShape) -> set[int]:
     return {chunk for chunk in chunks if shape.chunks[chunk].trainable}
 
 
-class _Walk:
+def keeping(program: Program, shape: StepShape, plan: Plan) -> list[Keeping]:
+    """What happens to what each unit run saves, in the memory that it computes in. Activations whose backward follows
+    at once stay where they are, whatever the plan says."""
+    moved = {action.index for action in program.actions(Kind.SAVE)}
+    policies: list[Keeping] = []
+    for run, use in enumerate(shape.units):
+        recomputes = plan.activations_of(use.unit) is Activations.RECOMPUTE
+        policies.append(Keeping.OFFLOAD if run in moved else Keeping.RECOMPUTE if recomputes else Keeping.KEEP)
+    return policies
+
+
+class ActivationWalk:
     """Live activation bytes of all micro-batches."""
 
     def __init__(self, levels: Levels) -> None:

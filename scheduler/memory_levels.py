@@ -40,11 +40,14 @@ class Levels:
     summing_top_bytes: tuple[int, ...]
 
 
-def levels_under(profile: MemoryProfile, policies: Sequence[Keeping]) -> Levels:
+def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers: bool = False) -> Levels:
     """The levels with `policies[run]` for each unit run.
 
     While an offloaded unit runs forward, what it saves counts in full beside what it works with (both are there until
     the copy is done); at the begin of its backward it is all there again, in one buffer.
+
+    Args:
+        in_buffers: whether that buffer is counted elsewhere.
 
     Raises:
         ValueError: another number of policies than of unit runs.
@@ -69,7 +72,7 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping]) -> Levels:
             back = sum(
                 life.num_bytes
                 for life, is_live in zip(profile.storages, live, strict=True)
-                if run in life.saved_by and not is_live
+                if run in life.saved_by and not is_live and not (in_buffers and policies[run] is Keeping.OFFLOAD)
             )
             again = profile.units[run].recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
             rise, summing_rise = max(back + rise, again), max(back + summing_rise, again)

@@ -180,6 +180,10 @@ class Program:
         reads = (i.action for i in self.instructions if i.action.kind is Kind.READ and not i.num_bytes)
         return frozenset(f"c{action.index}:{action.slot}" for action in reads)
 
+    def places(self, tier: str) -> dict[str, tuple[int, int]]:
+        """Buffer of a tier -> its first byte and its bytes in that tier's arena."""
+        return {b.name: (b.start_bytes, b.num_bytes) for b in self.buffers if b.tier == tier}
+
     def without_carried(self) -> "Program":
         """The program of a first step, which has no step before it: what is kept from step to step is read."""
         n = self.num_carried

@@ -65,17 +65,29 @@ def _same(one: Outcome, other: Outcome, name: str) -> bool:
 
 @contextmanager
 def engine_of(
-    name: str, optimizer: str, folder: str | None, prefetch: int = 1, cache_bytes: int = 0, **arguments: Any
+    name: str,
+    optimizer: str,
+    folder: str | None,
+    prefetch: int = 1,
+    cache_bytes: int = 0,
+    device_cache_bytes: int | None = None,
+    **arguments: Any,
 ) -> Iterator[Engine]:
-    """An engine whose parameters on disk may stay in `cache_bytes` of memory, instead of in what the machine has."""
+    """An engine whose parameters on disk may stay in `cache_bytes` of memory, instead of in what the machine has.
+
+    Args:
+        device_cache_bytes: makes it one with a device apart from the host, on which so many bytes of copies may stay.
+    """
     case = arguments.pop("case", DROPPING[name])
-    engine = Engine(
-        case.model(), loss=case.loss, optimizer=OPTIMIZERS[optimizer], memory=Memory(disk=folder), **arguments
-    )
+    memory = Memory(disk=folder)
+    if device_cache_bytes is not None:
+        memory = Memory(device="1GiB", disk=folder, unified=False)
+    memory = arguments.pop("memory", memory)
+    engine = Engine(case.model(), loss=case.loss, optimizer=OPTIMIZERS[optimizer], memory=memory, **arguments)
     engine.plan = replace(engine.plan, prefetch=prefetch)
 
-    def as_told(found: Any, _budget: int, assess: Any) -> Any:
-        return assess(replace(found.plan, cache_bytes=cache_bytes))
+    def as_told(found: Any, _budgets: Any, assess: Any) -> Any:
+        return assess(replace(found.plan, cache_bytes=cache_bytes, device_cache_bytes=device_cache_bytes or 0))
 
     with mock.patch.object(fit, "_cache_more", as_told):
         try:

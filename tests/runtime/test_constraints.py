@@ -1,6 +1,7 @@
 """Words about memory: which there are, which go together, and the plan that follows from them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from outgrow.scheduler.plan import Activations, GatheredFor, Home, MicroBatchOrd
 
 LAYOUTS = [layout_chunk(i, f"u{i}", [(f"p{i}", torch.empty(3))], torch.float32, True) for i in range(3)]
 DISK = Memory(disk="/scratch")
+APART = Memory(device="1GiB", unified=False)
 
 
 def applied(zero: int = 0, ranks: int = 1, clips: bool = False, **words: object) -> Plan:
@@ -22,7 +24,10 @@ def applied(zero: int = 0, ranks: int = 1, clips: bool = False, **words: object)
 @pytest.mark.parametrize(
     ("words", "memory", "clips", "micro_batches", "message"),
     [
-        ({"offload": "cloud"}, DISK, False, 1, "offload='cloud': there is 'none', 'optimizer', 'all'"),
+        ({"offload": "cloud"}, DISK, False, 1, "offload='cloud': there is 'none', 'host', 'optimizer', 'all'"),
+        ({"offload": "host"}, DISK, False, 1, "offload='host' has no effect where device and host are the same bytes"),
+        ({}, Memory(device="1GiB"), False, 1, "has no effect: this machine has no accelerator"),
+        ({}, Memory(unified=False), False, 1, "Memory(unified=False) needs the device's budget"),
         ({"order": "zigzag"}, DISK, False, 2, "order='zigzag': there is 'sequential', 'by-unit'"),
         ({"update": "never"}, DISK, False, 1, "update='never': there is 'after', 'backward'"),
         ({"activations": "forget"}, DISK, False, 1, "activations='forget': there is 'keep', 'recompute'"),
@@ -48,6 +53,8 @@ def test_words_that_cannot_hold_are_refused(words, memory, clips, micro_batches,
         ({"offload": "all", "update": "after"}, DISK, True, 1),
         ({"offload": "all", "update": "backward", "order": "by-unit"}, DISK, False, 2),
         ({"activations": "offload:host"}, Memory(), False, 1),
+        ({"offload": "host"}, APART, False, 1),
+        ({}, APART, True, 1),
         ({"activations": ["keep", "recompute", "offload:disk"]}, DISK, False, 1),
     ],
 )
@@ -61,6 +68,7 @@ def test_what_is_open_stays_as_it_is():
     assert (open_.homes, open_.activations, open_.order, open_.update) == (True, True, False, True)
     assert not Constraints().open(Memory()).homes, "without a disk nothing can go there"
     assert not Constraints(offload="none").open(DISK).homes
+    assert (Constraints().open(APART).homes, Constraints().open(APART).disk) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,21 @@ def test_offload_sets_homes_and_updates_in_the_backward_where_nothing_waits_for_
     assert applied(offload=offload, clips=True).update is UpdateTime.AFTER
     assert applied(offload=offload, update="after").update is UpdateTime.AFTER
     assert plan.uses_disk is (offload != "none")
+
+
+@pytest.mark.parametrize(
+    ("offload", "homes"),
+    [
+        ("none", (Home.DEVICE, Home.DEVICE)),
+        ("host", (Home.HOST, Home.HOST)),
+        ("optimizer", (Home.HOST, Home.DISK)),
+        ("all", (Home.DISK, Home.DISK)),
+    ],
+)
+def test_homes_where_the_device_has_memory_of_its_own(offload: str, homes: tuple[Home, Home]) -> None:
+    plan = replace(plan_for_zero(LAYOUTS, 0, 1), unified=False)
+    plan = Constraints(offload=offload).applied(plan, 3)
+    assert {(chunk.parameter_home, chunk.optimizer_home) for chunk in plan.chunks} == {homes}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

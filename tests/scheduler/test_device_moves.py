@@ -79,7 +79,7 @@ def test_from_disk_over_the_host_to_the_device():
         READ c1:optim, STEP c1, WRITE c1:param, WRITE c1:optim
         READ c0:param, UP c0:param, B0.0, DROP c0:device, DOWN c0.0:grad, REDUCE c0.0, READ c0:optim, STEP c0, NORM""",
     )
-    assert lanes(rest)["DROP c0:param"] == Lane.H2D, "computing does not wait for it"
+    assert lanes(rest)["DROP c0:param"] != Lane.COMPUTE, "computing does not wait for it"
 
 
 def test_with_room_on_the_device_each_chunk_comes_up_once_a_step():
