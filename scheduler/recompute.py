@@ -10,7 +10,7 @@ a unit begins when all saves but the last are done, and a load overlaps with one
 
 The chain is walked once. Of two prefixes the one that holds no more, leaves no more behind on the lanes and took no
 more seconds is as good whatever comes after, so the other is forgotten (dynamic programming over sets of states none of
-which dominates another): the result is exact, without rounding bytes to slots, as long as there are not too many states.
+which dominates another): the result is exact, without rounding bytes to slots, where states are not too many.
 """
 
 from collections.abc import Collection, Sequence

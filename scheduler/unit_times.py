@@ -1,0 +1,166 @@
+"""Seconds of every unit, measured on one copy of each kind alone: a model larger than memory takes seconds.
+
+Owns the shapes of what units are given (one pass without values), the copies with random values, and their timing. Does
+not own what becomes of the numbers (`cost.py`).
+
+Two unit runs are alike if their modules have the same classes and parameters and they are given tensors of the same
+shapes and types. One of them is made real, timed forward and backward, and let go before the next.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..parallel.units import Unit
+from .cost import TimeProfile, UnitSeconds
+from .dataflow import Flow, Output, TensorSpec, trace_flow
+from .trace import Forward, InputDtype, Loss, Trace
+from .twin import Shapes
+
+__all__ = ["measure_seconds"]
+
+_ROUNDS = 3
+
+
+def measure_seconds(
+    model: nn.Module,
+    units: Sequence[Unit],
+    trace: Trace,
+    forward: Forward,
+    loss: Loss,
+    micro_batch: Any,
+    shapes: Shapes | None = None,
+    input_dtype: InputDtype | None = None,
+) -> TimeProfile:
+    """The profile of one micro-batch. The model, its buffers and the random numbers stay as they are.
+
+    Args:
+        trace: of the model, from the same micro-batch.
+        shapes, input_dtype: as in `trace_model`.
+
+    Raises:
+        ValueError: the model does not run without values.
+        whatever a unit raises on random inputs.
+    """
+    flow = trace_flow(model, units, forward, micro_batch, shapes)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known: dict[Any, UnitSeconds] = {}
+    result = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for run, call in enumerate(trace.calls):
+            unit = units[call.unit]
+            key = _kind(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward)
+            if key not in known:
+                dtype = input_dtype(unit.module) if input_dtype is not None else None
+                known[key] = _time_unit(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
+            result.append(known[key])
+        loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch)
+    return TimeProfile(tuple(result), loss_s, loss_backward_s)
+
+
+def _kind(module: nn.Module, names: dict[int, str], shapes: Shapes, given: Output, has_backward: bool) -> Any:
+    """Equal for units that take the same time."""
+    parts = tuple((type(part), part.extra_repr()) for part in module.modules())
+    parameters = tuple((_shape_of(p, names, shapes), p.requires_grad) for p in module.parameters())
+    inputs = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in given.leaves)
+    return parts, parameters, inputs, has_backward
+
+
+def _shape_of(parameter: nn.Parameter, names: dict[int, str], shapes: Shapes) -> tuple[tuple[int, ...], torch.dtype]:
+    name = names.get(id(parameter), "")
+    shape, dtype = shapes.get(name, (parameter.shape, parameter.dtype))
+    return tuple(shape), dtype
+
+
+def _real_copy(module: nn.Module, names: dict[int, str], shapes: Shapes) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        shape, dtype = _shape_of(parameter, names, shapes)
+        memo[id(parameter)] = nn.Parameter(_random(shape, dtype), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().clone()
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():  # those of the run belong to the original
+        for name in (*hooks, "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(part, name).clear()
+    return twin
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return torch.empty(tuple(shape), dtype=dtype).normal_(0, 0.02)
+    return torch.zeros(tuple(shape), dtype=dtype)  # a token, an index or a mask that every unit understands
+
+
+def _built(given: Output, dtype: torch.dtype | None, needs_grad: bool) -> Any:
+    tensors = []
+    for spec in given.specs:
+        tensor = _random(spec.shape, dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype)
+        tensors.append(tensor.requires_grad_(needs_grad and spec.requires_grad))
+    return given.built(tensors)
+
+
+def _time_unit(
+    module: nn.Module,
+    names: dict[int, str],
+    shapes: Shapes,
+    given: Output,
+    has_backward: bool,
+    dtype: torch.dtype | None,
+) -> UnitSeconds:
+    twin = _real_copy(module, names, shapes)
+    args, kwargs = _built(given, dtype, has_backward)
+
+    def run() -> Any:
+        with torch.set_grad_enabled(has_backward):
+            return twin(*args, **kwargs)
+
+    forward_s, backward_s = _median_of(run, tree_leaves((args, kwargs)), list(twin.parameters()))
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    weight_s = backward_s
+    if inputs and backward_s:
+        for parameter in twin.parameters():
+            parameter.requires_grad_(False)
+        _, input_s = _median_of(run, inputs, [])
+        weight_s = max(0.0, backward_s - input_s)
+    return UnitSeconds(forward_s, backward_s, weight_s, forward_s if has_backward else 0.0)
+
+
+def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
+    """The caller's loss on what the last unit returns: what the model itself does behind it counts as nothing."""
+    output = _built(flow.outputs[-1], None, True)
+    try:
+        return _median_of(lambda: loss(output, micro_batch), tree_leaves(output), [])
+    except Exception:  # a loss of something that the model makes of the last unit's output: nothing is known of it
+        return 0.0, 0.0
+
+
+def _median_of(
+    run: Callable[[], Any], inputs: Sequence[Any], parameters: Sequence[nn.Parameter]
+) -> tuple[float, float]:
+    """Forward and backward seconds."""
+    forwards, backwards = [], []
+    for number in range(_ROUNDS + 1):
+        for tensor in (*inputs, *parameters):
+            if isinstance(tensor, torch.Tensor):
+                tensor.grad = None
+        began_s = time.perf_counter()
+        output = run()
+        forward_s = time.perf_counter() - began_s
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        gradients = tree_map(torch.ones_like, outputs)
+        began_s = time.perf_counter()
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        if number:  # the first one pays for what libraries set up
+            forwards.append(forward_s)
+            backwards.append(time.perf_counter() - began_s if outputs else 0.0)
+    return statistics.median(forwards), statistics.median(backwards)

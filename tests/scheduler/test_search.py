@@ -1,0 +1,135 @@
+"""The search: the fastest that fits, every candidate's fate, and what is fixed stays."""
+
+from dataclasses import replace
+
+import pytest
+
+from outgrow.memory.errors import DoesNotFit
+from outgrow.scheduler.fit import Assessment, Open
+from outgrow.scheduler.ledger import Ledger
+from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
+from outgrow.scheduler.program import Buffer, Program
+from outgrow.scheduler.search import Found, describe, search
+
+NUM_UNITS = 4
+EVERYTHING = Open(homes=True, activations=True, order=True, update=True)
+NOTHING = Open(homes=False, activations=False, order=False, update=False)
+PLAN = Plan(1, 0, 2, "float32", False, 1, (ChunkPlan(),) * NUM_UNITS)
+
+
+def assess(plan: Plan) -> Assessment:
+    """Bytes by hand: 100 a chunk for slots, 50 for parameters, 20 a unit kept, 60 for sums of several micro-batches."""
+    slots = sum(100 for chunk in plan.chunks if chunk.optimizer_home is Home.HOST)
+    parameters = sum(50 for chunk in plan.chunks if chunk.parameter_home is Home.HOST)
+    kept = sum(20 for unit in range(NUM_UNITS) if plan.activations_of(unit) is Activations.KEEP)
+    sums = 60 if plan.order is MicroBatchOrder.SEQUENTIAL else 0
+    buffers = 0 if parameters else max(10 + 10 * plan.prefetch, plan.cache_bytes)
+    parts = {"state": slots + parameters, "activations": kept, "gradients": sums, "buffers": buffers}
+    program = Program((), (Buffer("b", "host", 0, buffers),) if buffers else ())
+    return Assessment(plan, program, Ledger(sum(parts.values()), "B3.1", parts))
+
+
+def predict(found: Assessment) -> float:
+    """Seconds by hand: what is on disk takes 10 a chunk and slot, less the more is read ahead; recomputing 1 a unit."""
+    plan = found.plan
+    on_disk = sum((c.parameter_home is Home.DISK) + (c.optimizer_home is Home.DISK) for c in plan.chunks)
+    recomputed = sum(word is Activations.RECOMPUTE for word in plan.activations)
+    return 100 + 10 * on_disk / (1 + plan.prefetch) + recomputed + (plan.order is MicroBatchOrder.BY_UNIT)
+
+
+def found(budget: int, plan: Plan = PLAN, open_: Open = EVERYTHING, **words: object) -> Found:
+    return search(plan, open_, NUM_UNITS, budget, assess, predict, **words)  # pyright: ignore[reportArgumentType]
+
+
+def test_everything_in_memory_is_fastest_where_it_fits() -> None:
+    best = found(740).best.plan
+    assert not best.uses_disk
+    assert not best.activations
+    assert best.order is MicroBatchOrder.SEQUENTIAL
+
+
+def test_recomputing_a_unit_is_cheaper_than_the_disk() -> None:
+    best = found(670).best
+    assert not best.plan.uses_disk
+    assert best.plan.order is MicroBatchOrder.BY_UNIT
+    assert best.plan.activations == (Activations.RECOMPUTE,) + (Activations.KEEP,) * 3
+    assert best.ledger.peak_bytes <= 670
+
+
+def test_what_must_go_to_disk_is_read_far_ahead() -> None:
+    best = found(290).best.plan
+    assert {(c.parameter_home, c.optimizer_home) for c in best.chunks} == {(Home.HOST, Home.DISK)}
+    assert best.prefetch == 4
+
+
+def test_no_candidate_that_fits_is_faster_and_every_fate_is_told() -> None:
+    for budget in (100, 300, 500, 700):
+        result = found(budget)
+        seconds = [each.seconds for each in result.candidates if each.seconds is not None]
+        assert seconds == sorted(seconds)
+        assert result.seconds == predict(result.best)
+        assert result.candidates[0].plan == result.best.plan
+        assert result.candidates[0].fate == "chosen"
+        for each in result.candidates[1:]:
+            assert each.fate.startswith(("slower by", "refused:", "not tried"))
+            assert each.fate.startswith("refused") == (each.peak_bytes > budget)
+        plans = [each.plan for each in result.candidates]
+        assert len(set(plans)) == len(plans)
+
+
+def test_more_memory_is_never_slower_and_the_result_is_always_the_same() -> None:
+    seconds = [found(budget).seconds for budget in range(40, 800, 20)]
+    assert seconds == sorted(seconds, reverse=True)
+    assert found(300) == found(300)
+
+
+def test_the_exact_choice_of_activations_is_tried_with_the_room_that_there_is() -> None:
+    asked: list[int] = []
+
+    def activations(plan: Plan, room: int) -> tuple[Activations, ...]:
+        asked.append(room)
+        return (Activations.KEEP, Activations.RECOMPUTE, Activations.KEEP, Activations.KEEP)
+
+    result = found(720, replace(PLAN), replace(EVERYTHING, order=False), activations=activations)
+    tried = [each.plan.activations for each in result.candidates]
+    assert (Activations.KEEP, Activations.RECOMPUTE, Activations.KEEP, Activations.KEEP) in tried
+    assert asked[0] == 720 - 660
+
+
+def test_what_is_left_of_the_budget_keeps_parameters_in_memory() -> None:
+    mebibyte = 1 << 20
+    on_disk = replace(PLAN, chunks=tuple(replace(c, parameter_home=Home.DISK) for c in PLAN.chunks))
+
+    def scaled(plan: Plan) -> Assessment:
+        buffers = max(100 * mebibyte, plan.cache_bytes)
+        program = Program((), (Buffer("b", "host", 0, buffers),))
+        return Assessment(plan, program, Ledger(buffers, "F0.0", {"buffers": buffers}))
+
+    result = search(on_disk, NOTHING, NUM_UNITS, 300 * mebibyte, scaled, lambda found: -found.plan.cache_bytes)
+    assert 250 * mebibyte < result.best.ledger.peak_bytes <= 300 * mebibyte
+
+
+def test_what_is_fixed_stays() -> None:
+    fixed = replace(PLAN, activations=(Activations.KEEP,) * NUM_UNITS)
+    for each in found(150, fixed, replace(EVERYTHING, activations=False)).candidates:
+        assert each.plan.activations == fixed.activations
+    assert [each.plan for each in found(740, PLAN, NOTHING).candidates] == [PLAN]
+    clipping = replace(PLAN, clips_gradients=True)
+    assert all(each.plan.update is UpdateTime.AFTER for each in found(300, clipping).candidates)
+
+
+def test_a_refusal_names_the_leanest_plan_its_moment_and_what_is_missing() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        found(3)
+    for words in ("host budget of 3 B", "needs 10 B", "7 B more", "B3.1", "4 units recomputed", "10 B buffers"):
+        assert words in str(caught.value)
+    with pytest.raises(DoesNotFit, match=r"Memory\(disk="):
+        found(300, open_=replace(EVERYTHING, homes=False))
+
+
+def test_a_plan_in_words() -> None:
+    assert describe(PLAN) == "everything in memory, 0 units recomputed, micro-batches sequential, updates after it"
+    disk = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
+    lean = replace(PLAN, chunks=(disk,) * 4, update=UpdateTime.BACKWARD, cache_bytes=1 << 20, micro_batches=1)
+    words = "parameters and optimizer on disk, 0 units recomputed, updates in the backward pass, prefetch 1, "
+    assert describe(lean) == words + "1.00 MiB of parameters stay"
