@@ -94,6 +94,10 @@ class Runtime:
         offload: str | None = None,
         activations: str | Sequence[str] | None = None,
         order: str | None = None,
+        pipeline: int = 1,
+        schedule: str | None = None,
+        chunks: int | None = None,
+        stages: Sequence[str] | None = None,
     ) -> Result:
         """Train `model` on `data`, and return what came out.
 
@@ -123,6 +127,11 @@ class Runtime:
                 kept where they fit.
             order: of micro-batches: "sequential" or "by-unit" (all of them through a unit before the next one, so that
                 what lies on disk moves once a step); None: as it fits.
+            pipeline: workers that the model is spread over, stage by stage; 1: each has all of it. `workers` divides by
+                it: the others share the state of each stage, as `zero` says.
+            schedule: of the pipeline, e.g. "1f1b", "zb-v", "auto" (`outgrow schedule` shows them); None: "1f1b".
+            chunks: stages on each worker, for interleaved schedules.
+            stages: names of the units that the stages begin with; None: cut by measured seconds.
             callbacks: run on rank 0, in the worker.
             forward: `f(model, batch)` instead of the ways to call the model above.
             seed: of the order of data, of a model that a function builds, and of dropout.
@@ -152,6 +161,10 @@ class Runtime:
             offload=offload,
             activations=activations if activations is None or isinstance(activations, str) else tuple(activations),
             order=order,
+            pipeline=pipeline,
+            schedule=schedule,
+            chunks=chunks,
+            stages=None if stages is None else tuple(stages),
             seed=seed,
             weights=os.fspath(weights) if isinstance(weights, os.PathLike) else weights,
         )
@@ -177,7 +190,7 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
     from .recorder import Recorder
     from .run_folder import RunFolder
 
-    check_data(job.data, job.config, max(1, config.workers))
+    check_data(job.data, job.config, job.config.num_data(max(1, config.workers)))
     if config.workers == 0:
         _check_alone()
     else:

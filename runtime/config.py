@@ -115,6 +115,8 @@ class TrainConfig:
         activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a list with a word for
             each; None: "keep" where it fits.
         order: of micro-batches, "sequential" or "by-unit"; None: the leaner one where memory is tight.
+        pipeline: ranks that the model is spread over; 1: each has all of it.
+        schedule, chunks, stages: of the pipeline (`pipeline_words.py`).
         seed: seeds the order of data, the model's initialisation where a function builds it, and dropout.
         weights: a safetensors file, an index of several, or the folder that holds them, by its absolute path; the
             model starts with these values. None: with its own.
@@ -131,6 +133,10 @@ class TrainConfig:
     offload: str | None = None
     activations: str | tuple[str, ...] | None = None
     order: str | None = None
+    pipeline: int = 1
+    schedule: str | None = None
+    chunks: int | None = None
+    stages: tuple[str, ...] | None = None
     seed: int = 0
     weights: str | None = None
     batch_size_given: bool = field(init=False, default=False)
@@ -168,8 +174,26 @@ class TrainConfig:
         for word in each:
             if word not in ACTIVATIONS:
                 raise ValueError(f"activations={word!r}: there is {', '.join(map(repr, ACTIVATIONS))}")
+        if (self.pipeline, self.schedule, self.chunks, self.stages) != (1, None, None, None):
+            from .pipeline_words import PipelineWords
+
+            words = PipelineWords(self.pipeline, self.schedule, self.chunks, self.stages)
+            words.check(self.offload, self.activations, self.order)
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])
+
+    def num_data(self, num_ranks: int) -> int:
+        """Among how many ranks the samples are shared out: those of a pipeline all get the same.
+
+        Raises:
+            ValueError: ranks that the pipeline does not divide.
+        """
+        if num_ranks % self.pipeline:
+            raise ValueError(
+                f"pipeline={self.pipeline}: each pipeline takes so many workers, and workers={num_ranks}; give a "
+                "number that divides them, or other workers"
+            )
+        return num_ranks // self.pipeline
 
     def to_json(self) -> dict[str, Any]:
         """The arguments as they go into result.json."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +26,7 @@ from ..scheduler.pipeline_data import Schedule
 from ..scheduler.pipeline_program import Stages, check_program, compile_stages
 from ..scheduler.plan import PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
-from ..scheduler.stage_choice import choose_stages, schedule_of
+from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from .batch import num_samples
@@ -102,10 +103,9 @@ class Pipeline:
         names = [self._units[call.unit].name for call in trace.calls]
         starts = self._given_starts(names)
         allowed = [self._may_start(flow, names, run) for run in range(len(names))]
-        seconds = measure_units(self._units, trace, flow, self._passage, self._model, self._shapes, part) if (
-            self.mail.rank == 0 and self._mesh.data_rank == 0
-        ) else None  # fmt: skip
-        seconds = _from_first(seconds)
+        # On all ranks at once, as they will compute: they share memory's bandwidth, on one host at least.
+        own = measure_units(self._units, trace, flow, self._passage, self._model, self._shapes, part)
+        seconds = self._common(own)
         plan = choose_stages(
             self._words.schedule or "1f1b",
             self._mesh.num_pipeline,
@@ -117,6 +117,13 @@ class Pipeline:
         )
         check_borders(flow, names, plan.starts)
         return plan
+
+    def _common(self, own: Sequence[UnitSeconds]) -> list[UnitSeconds]:
+        """The median of what all ranks measured."""
+        rows: list[Any] = [None] * self._mesh.num_ranks
+        dist.all_gather_object(rows, [(run.forward_s, run.input_s, run.weight_s) for run in own])
+        table = torch.tensor(rows, dtype=torch.float64).quantile(0.5, dim=0)
+        return [UnitSeconds(*run) for run in table.tolist()]
 
     def _given_starts(self, names: Sequence[str]) -> list[int] | None:
         if self._words.stages is None:
@@ -306,11 +313,3 @@ class Pipeline:
         if key not in self._flows:
             self._flows[key] = trace_flow(self._model, self._units, self._passage.forward, part, self._shapes)
         return self._flows[key]
-
-
-def _from_first(value: Any) -> Any:
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -2,9 +2,9 @@
 
 Owns the deferral of the weight gradients of linear layers, convolutions and embeddings: while it is on, these save
 their input, and in the backward pass note the gradient of their output instead of multiplying the two. Nothing is
-computed twice, and what else autograd had saved is let go of at once. Weight gradients are made by the kernels that
-autograd would have called, and added in the same order: the bits are those of an undivided backward pass. Does not own
-when the parts run (programs).
+computed twice, and what else autograd had saved is let go of at once. A product is added straight to the gradient that
+is there, without a tensor of its own in between, which spares a pass over memory for each micro-batch; also where the
+backward pass is not divided, so that all schedules give the same bits. Does not own when the parts run (programs).
 
 Gradients of biases and of all other parameters are made with the input gradients: they cost little.
 """
@@ -25,46 +25,52 @@ _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
 class Deferred:
-    """Weight gradients that are still to be made, in the order in which the backward pass came to them."""
+    """Weight gradients that are still to be made, in the order in which the backward pass came to them.
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[nn.Parameter, int | None, Callable[[], torch.Tensor]]] = []
+    Args:
+        at_once: they are made as soon as the backward pass comes to them: an undivided backward pass.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self._waiting: list[tuple[nn.Parameter, int | None, _Make, _Add | None]] = []
+        self._at_once = at_once
         self.run_of: Callable[[], int | None] = lambda: None
         """The unit run whose backward goes on."""
 
-    def put(self, parameter: nn.Parameter, make: Callable[[], torch.Tensor]) -> None:
-        self._waiting.append((parameter, self.run_of(), make))
+    def put(self, parameter: nn.Parameter, make: "_Make", add: "_Add | None") -> None:
+        """Args:
+        make: gives the gradient.
+        add: adds it to a gradient that is there already, in place, without making it first.
+        """
+        if self._at_once:
+            _accumulate(parameter, make, add)
+        else:
+            self._waiting.append((parameter, self.run_of(), make, add))
 
     def finish(self, run: int | None = None) -> None:
-        """Make and add those of a unit run, or all that are left; a parameter that waits twice gets the sum."""
+        """Make and add those of a unit run, or all that are left."""
         due = [entry for entry in self._waiting if run is None or entry[1] == run]
         self._waiting = [entry for entry in self._waiting if not (run is None or entry[1] == run)]
-        later = {id(parameter) for parameter, _, _ in self._waiting}
-        sums: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
         while due:
-            parameter, _, make = due.pop(0)
-            if id(parameter) in later:
-                self._waiting.append((parameter, None, make))
-                continue
-            with torch.no_grad():
-                gradient = make()
-                if any(other is parameter for other, _, _ in due) or id(parameter) in sums:
-                    before = sums.get(id(parameter))
-                    sums[id(parameter)] = (parameter, gradient if before is None else before[1] + gradient)
-                else:
-                    _add(parameter, gradient)
-        for parameter, gradient in sums.values():
-            _add(parameter, gradient)
+            parameter, _, make, add = due.pop(0)  # what it holds goes with it
+            _accumulate(parameter, make, add)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
 
-def _add(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad += gradient
+_Make = Callable[[], torch.Tensor]
+_Add = Callable[[torch.Tensor], object]
+
+
+def _accumulate(parameter: nn.Parameter, make: _Make, add: _Add | None) -> None:
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = make()
+        elif add is not None:
+            add(parameter.grad)
+        else:
+            parameter.grad += make()
 
 
 class SplitBackward(TorchFunctionMode):
@@ -143,7 +149,8 @@ class _Linear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         for_input = flat.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            ctx.deferred.put(ctx.parameter, lambda: flat.t().mm(x.reshape(-1, x.shape[-1])))
+            rows = x.reshape(-1, x.shape[-1])
+            ctx.deferred.put(ctx.parameter, lambda: flat.t().mm(rows), lambda grad: grad.addmm_(flat.t(), rows))
         for_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         return for_input, None, for_bias, None
 
@@ -170,7 +177,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             shape = ctx.shape
             like = torch.empty((), dtype=weight.dtype).expand(weight.shape)  # its values do not matter here
-            ctx.deferred.put(parameter, lambda: kernel(gradient, x, like, sizes, *shape, [False, True, False])[1])
+            ctx.deferred.put(parameter, lambda: kernel(gradient, x, like, sizes, *shape, [False, True, False])[1], None)
         return for_input, None, for_bias, None, None, None, None, None
 
 
@@ -187,6 +194,13 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (indices,) = ctx.saved_tensors
-        shape = ctx.shape
-        ctx.deferred.put(ctx.parameter, lambda: torch.ops.aten.embedding_dense_backward(gradient, indices, *shape))
+        num_rows, padding, by_frequency = ctx.shape
+
+        def make() -> torch.Tensor:
+            return torch.ops.aten.embedding_dense_backward(gradient, indices, num_rows, padding, by_frequency)
+
+        def add(grad: torch.Tensor) -> torch.Tensor:
+            return grad.index_add_(0, indices.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
+
+        ctx.deferred.put(ctx.parameter, make, add if padding < 0 and not by_frequency else None)
         return None, None, None, None, None

@@ -8,7 +8,7 @@ sent on. Does not own the order (programs, schedules), the transport (`parallel/
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class _Opened:
     """A stage's pass between its forward and its backward."""
 
     current: Pass
-    deferred: Deferred | None
+    deferred: Deferred
     edges: list[GradientEdge | None] = field(default_factory=list)  # of what it returned; None: no gradient
     received: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients of what was received, by place
     loss: torch.Tensor | None = None
@@ -65,7 +65,7 @@ class StagePasses:
     """The passes of one rank, step after step.
 
     Args:
-        split: whether weight gradients are deferred.
+        split: whether the schedule has backward passes in two parts.
         has_backward: whether gradients flow into each unit run.
         chunks: of each stage, those that no other stage of this rank uses.
     """
@@ -179,12 +179,11 @@ class StagePasses:
 
     def _forward(self, stage: int, number: int) -> None:
         micro, runs = self._micro[number], self._stages.runs(stage)
-        deferred = Deferred() if self._split else None
+        deferred = Deferred(at_once=not self._split)
         self._executor.await_next()  # what was received, and chunks that code outside of units uses
         current = self._hooks.begin_forward(self._step, number, runs)
         opened = self._opened[stage, number] = _Opened(current, deferred)
-        if deferred is not None:
-            deferred.run_of = lambda: current.backward
+        deferred.run_of = lambda: current.backward
         with self._contexts(deferred):
             if stage > 0:
                 self._inputs = self._taken_in(stage, number, opened)
@@ -209,12 +208,11 @@ class StagePasses:
         roots, gradients = self._roots(stage, number, opened)
         self._hooks.begin_backward(opened.current, kind)
         if roots:
-            with nullcontext() if opened.deferred is None else SplitBackward(opened.deferred):
+            with SplitBackward(opened.deferred):
                 run_backward(roots, gradients)
         self._hooks.end_backward()
-        if opened.deferred is not None and kind is Kind.B:
-            opened.deferred.finish()
         if kind is Kind.B:
+            opened.deferred.finish()
             del self._opened[stage, number]
         else:
             opened.edges, opened.loss = [], None
@@ -233,7 +231,6 @@ class StagePasses:
 
     def _weights(self, stage: int, number: int) -> None:
         opened = self._opened.pop((stage, number))
-        assert opened.deferred is not None
         self._take_back(stage, number)
         for run in reversed(self._stages.runs(stage)):
             if self._has_backward[run]:
@@ -313,13 +310,12 @@ class StagePasses:
         output = flow.outputs[run]
         return output.built([torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in output.specs])
 
-    def _contexts(self, deferred: Deferred | None) -> ExitStack:
+    def _contexts(self, deferred: Deferred) -> ExitStack:
         stack = ExitStack()
         assert self._state is not None
         if self._state.drops_copies:
             stack.enter_context(saved_by_place(self._state))
-        if deferred is not None:
-            stack.enter_context(SplitBackward(deferred))
+        stack.enter_context(SplitBackward(deferred))
         return stack
 
     _inputs: Any = None

@@ -9,6 +9,7 @@ the loss above all, counts to the last unit run. Does not own what is made of th
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,9 @@ from .split_backward import Deferred, SplitBackward
 
 __all__ = ["measure_units"]
 
-_NUM_RUNS = 5
+_NUM_ROUNDS = 5
+
+_Seconds = tuple[float, float, float]  # of F, I and W
 
 
 def measure_units(
@@ -38,22 +41,25 @@ def measure_units(
         shapes: of all parameters.
         part: a micro-batch.
     """
-    known: dict[Any, UnitSeconds] = {}
-    found: list[UnitSeconds] = []
+    kinds: list[Any] = []
+    makers: dict[Any, Callable[[], _Seconds]] = {}
     with torch.random.fork_rng(devices=[]):
         for run, call in enumerate(trace.calls):
             unit = units[call.unit]
-            sizes = tuple(
-                (tuple(shapes[name][0]) if (name := f"{unit.name}.{own}") in shapes else tuple(p.shape))
-                for own, p in unit.module.named_parameters()
-            )
+            sizes = tuple(tuple(shapes[f"{unit.name}.{name}"][0]) if f"{unit.name}.{name}" in shapes else tuple(p.shape)
+                          for name, p in unit.module.named_parameters())  # fmt: skip
             given = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in flow.inputs[run].leaves)
-            key = (type(unit.module), sizes, given)
-            if key not in known:
-                module = _with_values(unit, shapes)
-                known[key] = _seconds(module, flow.inputs[run], call.has_backward)
-            found.append(known[key])
-    return [*found[:-1], _with_loss(found[-1], flow.outputs[-1], passage, part)]
+            kinds.append((type(unit.module), sizes, given))
+            if kinds[-1] not in makers:
+                makers[kinds[-1]] = partial(_run, _with_values(unit, shapes), flow.inputs[run], call.has_backward)
+        makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
+        # In turns: what slows the machine for a moment then slows all kinds alike.
+        rounds = [{kind: once() for kind, once in makers.items()} for _ in range(1 + _NUM_ROUNDS)][1:]
+    found = [_median([each[kind] for each in rounds]) for kind in kinds]
+    loss = _median([each["loss"] for each in rounds])
+    last = found[-1]
+    with_loss = UnitSeconds(last.forward_s + loss.forward_s, last.input_s + loss.input_s, last.weight_s)
+    return [*found[:-1], with_loss]
 
 
 def _with_values(unit: Unit, shapes: Shapes) -> nn.Module:
@@ -78,50 +84,40 @@ def _made(output: Output) -> Any:
     return output.built([_values(spec) for spec in output.specs])
 
 
-def _seconds(module: nn.Module, inputs: Output, has_backward: bool) -> UnitSeconds:
-    def once() -> tuple[float, float, float]:
-        args, kwargs = _made(inputs)
-        deferred = Deferred()
-        with SplitBackward(deferred):
-            started = time.perf_counter()
-            output = module(*args, **kwargs)
-            forward_s = time.perf_counter() - started
-            roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            if not roots or not has_backward:
-                return forward_s, 0.0, 0.0
-            gradients = [torch.randn_like(root) for root in roots]
-            started = time.perf_counter()
-            torch.autograd.backward(roots, gradients)
-            input_s = time.perf_counter() - started
+def _run(module: nn.Module, inputs: Output, has_backward: bool) -> _Seconds:
+    args, kwargs = _made(inputs)
+    deferred = Deferred()
+    with SplitBackward(deferred):
         started = time.perf_counter()
-        deferred.finish()
-        return forward_s, input_s, time.perf_counter() - started
+        output = module(*args, **kwargs)
+        forward_s = time.perf_counter() - started
+        roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if not roots or not has_backward:
+            return forward_s, 0.0, 0.0
+        gradients = [torch.randn_like(root) for root in roots]
+        started = time.perf_counter()
+        torch.autograd.backward(roots, gradients)
+        input_s = time.perf_counter() - started
+    started = time.perf_counter()
+    deferred.finish()
+    return forward_s, input_s, time.perf_counter() - started
 
-    return _median(once)
 
-
-def _with_loss(seconds: UnitSeconds, output: Output, passage: Passage, part: Any) -> UnitSeconds:
-    """The last unit run with the loss, where the model's output is what that unit returned and gives one."""
-
-    def once() -> tuple[float, float, float]:
-        value = _made(output)
+def _run_loss(output: Output, passage: Passage, part: Any) -> _Seconds:
+    """The loss, where the model's output is what the last unit returned; nothing where it is not."""
+    value = _made(output)
+    try:
         started = time.perf_counter()
         loss = passage.call_loss(value, part)
         forward_s = time.perf_counter() - started
-        if not loss.requires_grad:
-            return forward_s, 0.0, 0.0
-        started = time.perf_counter()
-        loss.backward()
-        return forward_s, time.perf_counter() - started, 0.0
-
-    try:
-        more = _median(once)
     except Exception:  # the model's own code comes between the last unit and the loss, or is the loss
-        return seconds
-    return UnitSeconds(seconds.forward_s + more.forward_s, seconds.input_s + more.input_s, seconds.weight_s)
+        return 0.0, 0.0, 0.0
+    if not loss.requires_grad:
+        return forward_s, 0.0, 0.0
+    started = time.perf_counter()
+    loss.backward()
+    return forward_s, time.perf_counter() - started, 0.0
 
 
-def _median(once: Callable[[], tuple[float, float, float]]) -> UnitSeconds:
-    once()
-    rounds = [once() for _ in range(_NUM_RUNS)]
+def _median(rounds: Sequence[_Seconds]) -> UnitSeconds:
     return UnitSeconds(*(median(column) for column in zip(*rounds, strict=True)))

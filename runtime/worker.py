@@ -75,12 +75,13 @@ class _Progress:
 def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progress) -> None:
     config = job.config
     base_bytes = read_process_memory().resident_bytes
-    source = open_data(job.data, config, place.rank, place.num_ranks)
+    num_data = config.num_data(place.num_ranks)
+    source = open_data(job.data, config, place.rank % num_data, num_data)
     memory = (job.memory or Memory()).filled(place.num_local)
     if memory.disk is not None:
         return_blocks_at_once()  # from the first block on: a heap that has grown does not shrink
     parts = shares(source, config)
-    is_planned = memory.disk is not None or memory.is_separate
+    is_planned = memory.disk is not None or memory.is_separate or config.pipeline > 1
     first = [next(parts)] if is_planned else []  # the plan is made for it, before anything is moved
     engine = progress.engine = _engine(job, memory, Path(run_path).name, first[0].samples if first else None)
     sink.send(
@@ -138,6 +139,10 @@ def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Eng
             zero=config.zero,
             seed=config.seed,
             units=job.units,
+            pipeline=config.pipeline,
+            schedule=config.schedule,
+            chunks=config.chunks,
+            stages=config.stages,
             run_name=run_name,
             filler=_filler(job, built, memory),
             offload=config.offload,

@@ -59,6 +59,10 @@ def test_train_arguments():
         "offload": None,
         "activations": None,
         "order": None,
+        "pipeline": 1,
+        "schedule": None,
+        "chunks": None,
+        "stages": None,
     }
 
 
