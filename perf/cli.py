@@ -142,6 +142,17 @@ def budgets(folder: _Folder = None, json: _Json = None, rounds: _Rounds = None) 
 
 
 @app.command()
+def pipelines(
+    extras: Annotated[bool, typer.Option(help="Also the schedules that torch does not have.")] = True,
+    json: _Json = None,
+    rounds: _Rounds = None,
+    warmup: _Warmup = None,
+) -> None:
+    """Pipelines of two ranks against torch.distributed.pipelining and against the simulator."""
+    _run("pipelines", json, rounds, warmup, None, extras)
+
+
+@app.command()
 def scale(
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="Of the GPT, 3072 wide; 26 are 3.1 billion parameters.")

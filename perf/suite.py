@@ -121,6 +121,12 @@ CASES: tuple[Case, ...] = (
         Options(num_rounds=30, num_warmup=0),
     ),
     Case(
+        "pipelines",
+        "pipelines of two ranks against torch.distributed.pipelining's same schedules, and against the simulator",
+        ".case_pipelines",
+        Options(configs=("S",)),
+    ),
+    Case(
         "scale",
         "a GPT of 3 billion parameters in 8 GiB: seconds, bytes, share of the bound; or the largest in 4 GiB",
         ".case_scale",

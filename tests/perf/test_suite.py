@@ -99,7 +99,16 @@ def test_running_a_case_passes_its_options_and_stores_the_environment(monkeypatc
 def test_every_case_has_a_module_that_runs_it() -> None:
     from importlib import import_module
 
-    assert [case.name for case in CASES] == ["step", "memory", "collectives", "disk", "offload", "budgets", "scale"]
+    assert [case.name for case in CASES] == [
+        "step",
+        "memory",
+        "collectives",
+        "disk",
+        "offload",
+        "budgets",
+        "pipelines",
+        "scale",
+    ]
     for case in CASES:
         assert callable(import_module(f"outgrow.perf{case.module}").run)
         assert case.summary
