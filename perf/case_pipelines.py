@@ -48,7 +48,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         (
             f"float32, AdamW, {_MICRO_BATCHES} micro-batches; ratios are of tokens/s, round by round, of contestants "
             "that stood in memory together.",
-            "Simulated: the schedule with the costs that were measured, unit by unit, before the first step, both ranks "
+            "Simulated: the schedule with costs that were measured, unit by unit, before the first step, both ranks "
             "at once; the update is in neither.",
         ),
     )
