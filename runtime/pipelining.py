@@ -23,9 +23,10 @@ from ..parallel.units import Unit
 from ..scheduler.dataflow import Flow, check_borders, trace_flow
 from ..scheduler.pipeline_check import validate
 from ..scheduler.pipeline_data import Schedule
-from ..scheduler.pipeline_program import Stages, check_program, compile_stages
+from ..scheduler.pipeline_program import Stages, compile_stages
 from ..scheduler.plan import PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
+from ..scheduler.rank_check import check_ranks
 from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
@@ -251,7 +252,7 @@ class Pipeline:
                 other: compile_stages(shape, plan, schedule, self.stages, other, tied if other == rank else ())
                 for other in others
             }
-            check_program(programs, self.stages)
+            check_ranks([programs[other] for other in others], [[other] for other in others])
             self._schedules[micro_batches] = schedule, programs[rank]
         return self._schedules[micro_batches]
 

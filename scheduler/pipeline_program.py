@@ -7,21 +7,21 @@ Owns the passes that pipelines add to those of `passes.py`, pure, actions in, ac
     add_tied          sums of gradients that several stages have a part in, before the norm
 
 Sends wait in buffers of their own, so a rank never waits for its receiver; receives stand right before their use. Every
-rank's list is thus an order in which all of them together can run (`check_program` walks it), and each lane keeps it.
+rank's list is thus an order in which all of them together can run (`rank_check.py` proves it), and each lane keeps it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..parallel.actions import Action, Kind
 from .link import link
 from .moves import add_moves, add_uploads
 from .passes import add_downs, add_gathers, add_reduces, add_saves, add_updates, carry, prefetch
-from .pipeline_data import Schedule, ScheduleError
+from .pipeline_data import Schedule
 from .plan import Plan
 from .program import Program, StepShape
 
-__all__ = ["TIED", "Stages", "add_tied", "add_transfers", "check_program", "compile_stages", "expand"]
+__all__ = ["TIED", "Stages", "add_tied", "add_transfers", "compile_stages", "expand"]
 
 TIED = "tied"
 """The slot of a REDUCE that sums over the stages that share a parameter."""
@@ -135,41 +135,3 @@ def add_tied(actions: Sequence[Action], tied: Sequence[int]) -> list[Action]:
     """Sum the gradients of chunks that several stages share: after the last backward, before the norm."""
     place = next(position for position, action in enumerate(actions) if action.kind is Kind.NORM)
     return [*actions[:place], *(Action(Kind.REDUCE, chunk, None, TIED) for chunk in tied), *actions[place:]]
-
-
-def check_program(programs: Mapping[int, Program], stages: Stages) -> None:
-    """Walk all ranks' programs together, each strictly in order: no lane can then wait for ever.
-
-    Raises:
-        ScheduleError: the ranks come to a stand; names what each waits for.
-    """
-    orders = {rank: program.actions() for rank, program in programs.items()}
-    place = dict.fromkeys(orders, 0)
-    sent: set[Action] = set()
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in orders.items():
-            while place[rank] < len(order):
-                action = order[place[rank]]
-                if (source := _source_of(action)) is not None and source not in sent:
-                    break
-                if action.kind in (Kind.SEND_F, Kind.SEND_B):
-                    sent.add(action)
-                place[rank] += 1
-                moved = True
-    stuck = {rank: order[place[rank]] for rank, order in orders.items() if place[rank] < len(order)}
-    if stuck:
-        waits = "; ".join(f"rank {rank} waits at {action}" for rank, action in stuck.items())
-        raise ScheduleError(f"the programs of {len(stages.starts)} stages come to a stand: {waits}")
-
-
-def _source_of(action: Action) -> Action | None:
-    """The send that a receive waits for."""
-    if action.kind is Kind.RECV_F:
-        assert action.index is not None
-        return Action(Kind.SEND_F, action.index - 1, action.micro_batch)
-    if action.kind is Kind.RECV_B:
-        assert action.index is not None
-        return Action(Kind.SEND_B, action.index + 1, action.micro_batch)
-    return None
