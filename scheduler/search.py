@@ -3,7 +3,8 @@
 Owns the space, the order in which it is looked through, and what became of every candidate. Does not own what a plan
 takes (`ledger.py`), nor its seconds (`cost.py`, `simulate.py`): the caller's `assess` and `predict` say that.
 
-    residency      everything in memory; optimizer slots on disk; parameters too
+    residency      everything in memory (on a device with memory of its own, or on its host); optimizer slots on disk;
+                   parameters too
     activations    kept; recomputed; where neither is best, the exact choice for several shares of the budget
     order          micro-batches one by one, or unit by unit
     update         after the backward pass, or inside it
@@ -25,7 +26,6 @@ __all__ = ["Candidate", "Found", "describe", "search"]
 
 _PREFETCH = (0, 1, 2, 4)
 _MOST_SIMULATED = 48
-_HOMES = ((Home.HOST, Home.HOST), (Home.HOST, Home.DISK), (Home.DISK, Home.DISK))
 _SHARES = (1.0, 0.75, 0.5)  # of the room for activations, for the exact choice
 
 
@@ -73,6 +73,7 @@ def search(
     assess: Callable[[Plan], Assessment],
     predict: Callable[[Assessment], float],
     activations: Callable[[Plan, int], Sequence[Activations] | None] = lambda plan, room_bytes: None,
+    device_bytes: int | None = None,
 ) -> Found:
     """The fastest plan that fits.
 
@@ -82,13 +83,14 @@ def search(
         assess: compiles a plan and adds up its bytes.
         predict: seconds of a step.
         activations: f(plan, bytes that activations may take) -> a policy for each unit, the fastest within these bytes.
+        device_bytes: of a device with memory of its own.
 
     Raises:
         DoesNotFit: none fits; says what the leanest needs, and for what.
     """
     fitting: list[Assessment] = []
     refused: list[Candidate] = []
-    leanest: Assessment | None = None
+    leanest: tuple[tuple[int, int], Assessment] | None = None  # bytes that it lacks, and holds
     seen: set[Plan] = set()
 
     def consider(candidate: Plan) -> Assessment | None:
@@ -98,13 +100,18 @@ def search(
         seen.add(candidate)
         found = assess(candidate)
         peak = found.ledger.peak_bytes
-        if leanest is None or peak < leanest.ledger.peak_bytes:
-            leanest = found
-        if peak <= budget_bytes:
-            fitting.append(found)
-        else:
+        on_device = 0 if found.device is None else found.device.peak_bytes - (device_bytes or 0)
+        lack = max(peak - budget_bytes, 0) + max(on_device, 0)
+        if leanest is None or (lack, peak) < leanest[0]:
+            leanest = (lack, peak), found
+        if peak > budget_bytes:
             missing = format_bytes(peak - budget_bytes)
             refused.append(Candidate(candidate, peak, None, f"refused: {missing} too much at {found.ledger.where}"))
+        elif found.device is not None and on_device > 0:
+            fate = f"refused: {format_bytes(on_device)} too much on the device at {found.device.where}"
+            refused.append(Candidate(candidate, peak, None, fate))
+        else:
+            fitting.append(found)
         return found
 
     for kept in _candidates(plan, open_, num_units):
@@ -119,7 +126,7 @@ def search(
                 consider(replace(kept, activations=policy))
     if not fitting:
         assert leanest is not None
-        raise _refusal(leanest, open_, budget_bytes)
+        raise _refusal(leanest[1], open_, budget_bytes, device_bytes)
     return _simulated(_with_cache(fitting, budget_bytes, assess), refused, predict)
 
 
@@ -129,10 +136,16 @@ def _candidates(plan: Plan, open_: Open, num_units: int) -> Iterator[Plan]:
     updates = [plan.update]
     if open_.update and not plan.clips_gradients:
         updates = list(UpdateTime)
-    for home in _HOMES if open_.homes else (None,):
+    homes = [None]
+    if open_.homes:
+        homes = [] if plan.unified else [(Home.DEVICE, Home.DEVICE)]
+        homes += [(Home.HOST, Home.HOST)]
+        homes += [(Home.HOST, Home.DISK), (Home.DISK, Home.DISK)] if open_.disk else []
+    for home in homes:
         chunks = plan.chunks if home is None else tuple(offloaded(chunk, *home) for chunk in plan.chunks)
         base = replace(plan, chunks=chunks, activations=() if open_.activations else plan.activations)
-        ahead = _PREFETCH if base.uses_disk or base.world_size > 1 else (plan.prefetch,)
+        moves = base.uses_disk or base.world_size > 1 or not base.unified
+        ahead = _PREFETCH if moves else (plan.prefetch,)
         for order in orders:
             for update in updates:
                 for prefetch in ahead:
@@ -214,8 +227,10 @@ def _simulated(
     return Found(tried[order[0][2]], (*candidates, *rest, *refused))
 
 
-def _refusal(leanest: Assessment, open_: Open, budget_bytes: int) -> DoesNotFit:
-    ledger = leanest.ledger
+def _refusal(leanest: Assessment, open_: Open, host_bytes: int, device_bytes: int | None) -> DoesNotFit:
+    tier, ledger, budget_bytes = "host", leanest.ledger, host_bytes
+    if leanest.device is not None and leanest.ledger.peak_bytes <= host_bytes:
+        tier, ledger, budget_bytes = "device", leanest.device, device_bytes or 0
     parts = ", ".join(
         f"{format_bytes(size)} {name}" for name, size in sorted(ledger.parts.items(), key=lambda part: -part[1]) if size
     )
@@ -224,9 +239,9 @@ def _refusal(leanest: Assessment, open_: Open, budget_bytes: int) -> DoesNotFit:
         changes.append("memory=Memory(disk='/a/folder') to let state go to disk")
     if leanest.plan.micro_batches == 1 or leanest.plan.order is MicroBatchOrder.BY_UNIT:
         changes.append("smaller micro-batches (a larger micro_batches=)")
-    changes.append(f"a host budget of {format_bytes(ledger.peak_bytes)}")
+    changes.append(f"a {tier} budget of {format_bytes(ledger.peak_bytes)}")
     return DoesNotFit(
-        f"no plan fits into the host budget of {format_bytes(budget_bytes)}: the leanest needs "
+        f"no plan fits into the {tier} budget of {format_bytes(budget_bytes)}: the leanest needs "
         f"{format_bytes(ledger.peak_bytes)}, {format_bytes(ledger.peak_bytes - budget_bytes)} more, at "
         f"{ledger.where} of a plan with {describe(leanest.plan)} ({parts}). What helps: {'; or '.join(changes)}"
     )
@@ -234,6 +249,10 @@ def _refusal(leanest: Assessment, open_: Open, budget_bytes: int) -> DoesNotFit:
 
 def describe(plan: Plan) -> str:
     """A plan in a few words, for tables and messages."""
+    in_memory = "everything in memory"
+    if not plan.unified:
+        num_host = sum(chunk.parameter_home is not Home.DEVICE for chunk in plan.chunks)
+        in_memory = f"{num_host} of {len(plan.chunks)} chunks on the host" if num_host else "everything on the device"
     num_recomputed = sum(word is Activations.RECOMPUTE for word in plan.activations)
     num_moved = sum(word.is_offloaded for word in plan.activations)
     parts = [
@@ -241,7 +260,7 @@ def describe(plan: Plan) -> str:
         if any(chunk.parameter_home is Home.DISK for chunk in plan.chunks)
         else "the optimizer on disk"
         if any(chunk.optimizer_home is Home.DISK for chunk in plan.chunks)
-        else "everything in memory",
+        else in_memory,
         f"{num_recomputed} units recomputed" + (f", {num_moved} offloaded" if num_moved else ""),
     ]
     if plan.micro_batches > 1:

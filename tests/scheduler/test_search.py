@@ -127,6 +127,31 @@ def test_a_refusal_names_the_leanest_plan_its_moment_and_what_is_missing() -> No
         found(300, open_=replace(EVERYTHING, homes=False))
 
 
+def test_a_device_with_memory_of_its_own_has_a_budget_of_its_own() -> None:
+    apart = replace(PLAN, unified=False)
+
+    def with_device(plan: Plan) -> Assessment:
+        there = sum(150 for chunk in plan.chunks if chunk.parameter_home is Home.DEVICE)
+        host = sum(150 for chunk in plan.chunks if chunk.parameter_home is Home.HOST)
+        program = Program(())
+        return Assessment(plan, program, Ledger(host, "F0.0", {}), Ledger(there + 10, "B1.0", {}))
+
+    def seconds(found: Assessment) -> float:
+        return 1.0 + sum(chunk.parameter_home is not Home.DEVICE for chunk in found.plan.chunks)
+
+    def best(device: int, open_: Open = EVERYTHING) -> Found:
+        return search(apart, open_, NUM_UNITS, 700, with_device, seconds, device_bytes=device)
+
+    assert all(chunk.parameter_home is Home.DEVICE for chunk in best(610).best.plan.chunks)
+    tight = best(600)
+    assert all(chunk.parameter_home is Home.HOST for chunk in tight.best.plan.chunks)
+    assert any(each.fate == "refused: 10 B too much on the device at B1.0" for each in tight.candidates)
+    homes = {
+        c.optimizer_home for each in best(600, replace(EVERYTHING, disk=False)).candidates for c in each.plan.chunks
+    }
+    assert Home.DISK not in homes
+
+
 def test_a_plan_in_words() -> None:
     assert describe(PLAN) == "everything in memory, 0 units recomputed, micro-batches sequential, updates after it"
     disk = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
