@@ -146,6 +146,8 @@ def test_a_device_with_memory_of_its_own_has_a_budget_of_its_own() -> None:
     tight = best(600)
     assert all(chunk.parameter_home is Home.HOST for chunk in tight.best.plan.chunks)
     assert any(each.fate == "refused: 10 B too much on the device at B1.0" for each in tight.candidates)
+    with pytest.raises(DoesNotFit, match=r"device budget of 5 B: the leanest needs 10 B, 5 B more, at B1\.0"):
+        best(5, replace(EVERYTHING, disk=False))
     homes = {
         c.optimizer_home for each in best(600, replace(EVERYTHING, disk=False)).candidates for c in each.plan.chunks
     }
