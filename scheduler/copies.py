@@ -15,8 +15,8 @@ __all__ = ["gathered_peak"]
 def gathered_peak(program: Program, copy_bytes: Mapping[int, int], order: Order | None = None) -> tuple[int, str]:
     """The most bytes, and the gather at which they are there.
 
-    A copy counts from the begin of its gather to the end of the drop that follows it; while another gather goes on, it
-    is there unless its drop is over before, or its own gather comes after.
+    A copy counts from the begin of its gather to the end of the drop that follows it; while a later gather goes on, it
+    is there unless its drop is over before.
 
     Args:
         copy_bytes: chunk -> bytes of a copy that comes and goes; chunks left out take nothing.
@@ -36,13 +36,12 @@ def gathered_peak(program: Program, copy_bytes: Mapping[int, int], order: Order 
     spans += [(c, position, None) for c, position in opened.items()]
     order = order or (Order(program) if spans else None)
     most, where = 0, ""
-    for _, now, _ in spans:
+    alive: list[tuple[int, int, int | None]] = []
+    for span in sorted(spans, key=lambda span: span[1]):
         assert order is not None
-        alive = sum(
-            copy_bytes[c]
-            for c, gather, drop in spans
-            if not order.is_before(now, gather) and not (drop is not None and order.is_before(drop, now))
-        )
-        if alive > most:
-            most, where = alive, str(program.instructions[now].action)
+        now = span[1]  # one lane does all gathers in order: what is gone at one of them is gone at the next
+        alive = [each for each in alive if each[2] is None or not order.is_before(each[2], now)] + [span]
+        held = sum(copy_bytes[c] for c, _, _ in alive)
+        if held > most:
+            most, where = held, str(program.instructions[now].action)
     return most, where
