@@ -6,6 +6,7 @@ Owns `app`, a group with one command per schedule name; `runtime/cli.py` mounts 
     outgrow schedule interleaved --stages 4 --micro-batches 8 --chunks 4 --times 1 1.2 0.8
     outgrow schedule auto --stages 8 --micro-batches 32 --memory-limit 5 --json
     outgrow schedule table
+    outgrow schedule frontier --stages 8 --micro-batches 32 --out frontier.png
 """
 
 import json
@@ -87,3 +88,26 @@ def _table(
     Console(width=160).print(as_table(rows))
     if not all(row.is_as_published for row in rows):
         raise typer.Exit(1)
+
+
+@app.command("frontier")
+def _frontier(
+    out: Annotated[Path, typer.Option(help="Where the figure goes, .png or .svg.")],
+    stages: Annotated[int, typer.Option(help="Pipeline ranks.")] = 8,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 32,
+    times: Annotated[
+        tuple[float, float, float],
+        typer.Option(help="Seconds of F, I and W for the part of the model on one rank.", metavar="F I W"),
+    ] = (1.0, 1.0, 1.0),
+    copy: Annotated[float, typer.Option(help="Seconds to copy one rank's activations away, one way.")] = 0.75,
+) -> None:
+    """Step time over activation memory: all schedules, kept, recomputed and offloaded, and auto at every limit."""
+    from .pipeline_frontier import draw_frontier, points_of
+
+    costs = StageCosts.equal(max(stages, 1), *times, copy_s=copy)
+    limits = [stages * share for share in (1 / 4, 1 / 3, 1 / 2, 3 / 4, 1, 1.5, 2)]
+    points = points_of(stages, micro_batches, costs, limits)
+    draw_frontier(points, out, f"{stages} ranks, {micro_batches} micro-batches")
+    for point in sorted(points, key=lambda each: (each.peak_activations, each.step_s)):
+        typer.echo(f"{point.peak_activations:8.2f} {point.step_s:10.2f} s  {point.name}, {point.policy}")
+    typer.echo(f"written: {out}")
