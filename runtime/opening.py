@@ -84,6 +84,8 @@ def open_state(
     optims = optim_layouts(layouts, plan, optimizer.slots, original_dtypes)
     extents = state_extents(layouts, plan, optims)
     rank = 0 if transport is None else transport.rank
+    if tiers is not None:
+        _move_buffers(model, tiers.device.device)
     tier = open_tier(memory, run_name, rank, extents, tiers) if extents else None
     try:
         state = make(model, layouts, plan, optimizer, transport, clip_grad_norm, tier, optims, fill, tiers)
@@ -92,6 +94,15 @@ def open_state(
             tier.close()
         raise
     return state, tier
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """A model's buffers (running statistics) to where its units compute; shared ones stay shared."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
 
 
 def recompute_units(units: Sequence[Unit], plan: Plan) -> list[Recomputed]:

@@ -107,6 +107,8 @@ class PreparedEngine(ABC):
         self._original_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if pipeline > 1 and self.memory.is_separate:
             raise ValueError("a stage of a pipeline computes in one memory: leave Memory(device=) out, or pipeline=")
+        if self._mesh.num_ranks > 1 and self.memory.is_separate and torch.cuda.is_available():
+            raise ValueError("several ranks exchange host memory only: on a CUDA device, train on one rank")
         self._tiers = open_tiers() if self.memory.is_separate else None
         # A rank of a pipeline has a part of the model, which is known when the first batch is.
         self._is_ample = pipeline > 1 or (

@@ -266,6 +266,8 @@ class UnitHooks:
     def _seed(self, run: int, micro_batch: int, after: bool = False) -> None:
         parts = (*self._seeds, self._step, run, micro_batch, *([1] if after else []))
         torch.random.default_generator.manual_seed(seed_for(*parts))
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed_for(*parts))
 
     def _out_of_order(self, unit: int | None, current: Pass) -> OutOfOrder:
         assert self._trace is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from outgrow.parallel.placement import GatheredParameters, LocalParameters, OffloadedParameters
+from outgrow.parallel.placement import GatheredParameters, LocalParameters, OffloadedParameters, UploadedParameters
 
 FIRST = torch.arange(4, dtype=torch.float32)
 OTHER = FIRST + 10
@@ -58,6 +58,41 @@ def test_on_several_ranks_a_copy_is_made_of_the_shard_and_outlives_it() -> None:
     assert store.full is None
     store.fill(torch.arange(8, dtype=torch.float32))
     assert store.shard.tolist() == [4, 5, 6, 7]
+
+
+def test_what_is_computed_with_is_the_copy_on_the_device() -> None:
+    store = UploadedParameters(8, torch.float32)
+    assert (store.moves, store.comes_and_goes, store.computes_with_shard) == (True, True, False)
+    store.settle(torch.arange(8, dtype=torch.float32))
+    assert (store.moves, store.is_attached, store.is_up) == (False, True, False)
+    assert store.full is None
+    assert store.held_bytes == 32
+    copy = store.shard.clone()
+    store.bring(copy)
+    assert store.full is copy
+    assert store.held_bytes == 64
+    store.shard.mul_(2)
+    assert store.full.tolist() == list(range(8)), "another memory"
+    store.forget()
+    assert store.full is None
+    assert store.shard.tolist() == list(range(0, 16, 2))
+    with pytest.raises(AssertionError):
+        store.bring(torch.zeros(4))
+
+
+def test_several_ranks_gather_from_the_copies_on_their_devices() -> None:
+    store = UploadedParameters(8, torch.float32, 2, 1, all_gather)
+    store.settle(FIRST.clone())
+    with pytest.raises(AssertionError, match="not in memory"):
+        store.gather()
+    store.bring(FIRST * 3)
+    store.gather()
+    store.forget()
+    full = store.full
+    assert full is not None
+    assert full.tolist() == [*OTHER.tolist(), *(FIRST * 3).tolist()], "a gathered copy outlives it"
+    store.drop()
+    assert store.full is None
 
 
 def test_a_buffer_of_another_size_or_kind_is_our_own_mistake() -> None:

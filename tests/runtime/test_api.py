@@ -42,6 +42,22 @@ def runtime(tmp_path, **arguments):
     return Runtime(workers=0, storage_path=tmp_path / "my runs", progress=False, **arguments)
 
 
+@pytest.mark.parametrize("offload", [None, "none", "host", "all"])
+def test_a_device_apart_from_the_host_trains_to_the_same_weights(tmp_path, offload):
+    loss, arguments = nn.functional.mse_loss, {"batch_size": 12, "steps": 3, "micro_batches": 2}
+    wanted = runtime(tmp_path, name="one").train(layers(), regression(), loss, SGD, **arguments)
+    memory = Memory(device="64MiB", host="64GiB", disk=tmp_path, unified=False)
+    place = runtime(tmp_path, name="apart", memory=memory)
+    result = place.train(layers, regression(), loss, SGD, offload=offload, **arguments)
+    assert [row["loss"] for row in result.metrics] == [row["loss"] for row in wanted.metrics]
+    for name, weight in wanted.state_dict().items():
+        assert torch.equal(result.state_dict()[name], weight)
+    homes = {"none": "device", "host": "host", "all": "disk", None: "device"}
+    plan = json.loads((result.path / "plan.json").read_text())
+    assert {chunk["parameter_home"] for chunk in plan["chunks"]} == {homes[offload]}
+    assert not plan["unified"]
+
+
 def layers():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))

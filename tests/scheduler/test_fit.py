@@ -99,3 +99,65 @@ def test_a_refusal_names_the_leanest_plan_its_moment_and_what_is_missing():
 def test_without_a_disk_the_refusal_says_so():
     with pytest.raises(DoesNotFit, match=r"Memory\(disk="):
         chosen(300, open_=replace(EVERYTHING, homes=False))
+
+
+# ---- a device with memory of its own
+
+APART = replace(PLAN, unified=False)
+
+
+def assess_apart(plan: Plan) -> Assessment:
+    """By hand, a chunk: 100 for slots and 50 for parameters where they are at home, 10 on the device otherwise; a unit:
+    20 on the device where it is kept, 15 on the host where it is moved."""
+    on_device = sum(150 if chunk.optimizer_home is Home.DEVICE else 10 for chunk in plan.chunks)
+    on_host = sum(
+        100 * (chunk.optimizer_home is Home.HOST) + 50 * (chunk.parameter_home is Home.HOST) for chunk in plan.chunks
+    )
+    words = [plan.activations_of(unit) for unit in range(NUM_UNITS)]
+    kept = 20 * words.count(Activations.KEEP)
+    moved = 15 * words.count(Activations.OFFLOAD_HOST)
+    device = {"state": on_device, "activations": kept}
+    host = {"state": on_host, "buffers": moved}
+    return Assessment(
+        plan, Program(()), Ledger(sum(host.values()), "STEP c0", host), Ledger(sum(device.values()), "B2.0", device)
+    )
+
+
+def chosen_apart(host: int, device: int, open_: Open = EVERYTHING) -> Plan:
+    return choose(APART, open_, NUM_UNITS, host, assess_apart, device).plan
+
+
+def homes(plan: Plan) -> list[tuple[str, str]]:
+    return [(str(chunk.parameter_home), str(chunk.optimizer_home)) for chunk in plan.chunks]
+
+
+def test_with_room_on_the_device_nothing_leaves_it():
+    plan = chosen_apart(10, 680)
+    assert homes(plan) == [("device", "device")] * 4
+    assert not plan.activations
+
+
+def test_as_many_chunks_as_fit_stay_on_the_device_and_the_others_on_the_host():
+    plan = chosen_apart(1000, 120 + 280)
+    assert homes(plan) == [("device", "device")] * 2 + [("host", "host")] * 2
+    assert not plan.activations
+
+
+def test_the_disk_comes_when_the_host_is_full_too():
+    assert homes(chosen_apart(200, 120)) == [("host", "disk")] * 4
+    assert homes(chosen_apart(20, 120)) == [("disk", "disk")] * 4
+    with pytest.raises(DoesNotFit, match="no plan fits into the host budget"):
+        chosen_apart(200, 120, replace(EVERYTHING, disk=False))
+
+
+def test_activations_go_to_the_host_before_they_are_recomputed_and_as_few_as_it_takes():
+    plan = chosen_apart(1000, 80)
+    assert plan.activations == (Activations.OFFLOAD_HOST,) * 2 + (Activations.KEEP,) * 2
+    plan = chosen_apart(20, 80)
+    assert plan.activations == (Activations.RECOMPUTE,) * 2 + (Activations.KEEP,) * 2
+    assert homes(plan) == [("disk", "disk")] * 4
+
+
+def test_a_refusal_names_the_device():
+    with pytest.raises(DoesNotFit, match=r"the device budget of 30 B: the leanest needs 40 B, 10 B more, at B2\.0"):
+        chosen_apart(1000, 30)
