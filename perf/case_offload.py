@@ -8,6 +8,8 @@ Owns who runs against whom, the targets, and the check that all of them do the s
   round. Compute is what the in-memory engine takes at the same batch; bandwidths are those of the disk lanes, in the
   same round and folder, with the same block size and depth. The *shared* bound also takes what the disk moves when it
   reads and writes at the same time.
+- *against DeepSpeed* (where it is installed): its ZeRO-3 with parameters and optimizer on NVMe, against everything on
+  disk in a quarter of what it takes, both at batch 8x256.
 - *within budget*: 8 micro-batches of 1x256 in a memory cgroup whose limit is the budget, the worker process included.
   The smallest budget is searched in steps of 64 MiB: the planner accepts it, and the kernel does not kill.
 """
@@ -36,6 +38,9 @@ _NUM_STEPS = 2
 _IN_MEMORY_TARGET = Target(low=0.95)
 _BOUND_TARGET = Target(low=0.85)
 _SAME = Target(high=0.0)
+_DEEPSPEED_SPEED_TARGET = Target(low=1.5)
+_DEEPSPEED_MEMORY_TARGET = Target(high=0.25)
+_QUARTER = {"M": ("1700MiB", 4), "S": ("512MiB", 4)}  # host budget, micro-batches
 
 
 def run(options: Options, say: Callable[[str], None]) -> Findings:
@@ -57,6 +62,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
             figures += _compute_bound(config, CONFIGS[config].tokens_per_step, folder, options, say)
             figures += _disk_bound(config, folder, options, say)
             if options.with_extras:
+                figures += _against_deepspeed(config, CONFIGS[config].tokens_per_step, folder, options, say)
                 found, remark = _within_budgets(config, asdict(CONFIGS[config]), folder, say)
                 figures += found
                 notes += remark
@@ -165,6 +171,70 @@ def _agreement(section: str, losses: dict[str, list[float]]) -> Figure:
         _SAME,
         note=f"of {num_steps}, {len(losses)} contestants, compared to the bit",
     )
+
+
+# ---- against DeepSpeed
+
+
+def _against_deepspeed(
+    config: str, tokens: int, folder: str, options: Options, say: Callable[[str], None]
+) -> list[Figure]:
+    host, micro_batches = _QUARTER[config]
+    section = f"{config}, batch 8x256: everything on disk, in {host}, against DeepSpeed ZeRO-3 on NVMe"
+    ours = Contestant(
+        "on disk",
+        ".member_offload:engine",
+        num_threads=2,
+        arguments={
+            "config": config,
+            "batch_size": 8,
+            "length": 256,
+            "offload": "all",
+            "folder": folder,
+            "host": host,
+            "micro_batches": micro_batches,
+        },
+    )
+    theirs = Contestant(
+        "DeepSpeed",
+        ".peers:deepspeed",
+        num_threads=2,
+        arguments={"config": config, "stage": 3, "nvme_folder": f"{folder}/deepspeed"},
+        requires=("deepspeed",),
+        environment={"DS_ACCELERATOR": "cpu"},
+    )
+    if theirs.missing:
+        return [Figure(section, "DeepSpeed", "tokens/s", (), note=f"missing: {', '.join(theirs.missing)}")]
+    turns, losses = _measure((ours, theirs), options, lambda line: say(f"{config} against DeepSpeed, {line}"))
+    seconds = {name: [each.seconds for each in reports] for name, reports in turns.items()}
+    peaks = {name: max(each.peak_rss_bytes for each in reports) for name, reports in turns.items()}
+    first = {name: values[0] for name, values in losses.items()}
+    return [
+        *(
+            Figure(
+                section,
+                name,
+                "tokens/s",
+                tuple(tokens / each for each in seconds[name]),
+                note=f"RSS {peaks[name] / _MIB:,.0f} MiB, first loss {first[name]:.6f}",
+            )
+            for name in turns
+        ),
+        Figure(
+            section,
+            "on disk / DeepSpeed",
+            "ratio",
+            paired_ratios(seconds["DeepSpeed"], seconds["on disk"]),
+            _DEEPSPEED_SPEED_TARGET,
+        ),
+        Figure(
+            section,
+            "peak of on disk / DeepSpeed",
+            "ratio",
+            (peaks["on disk"] / peaks["DeepSpeed"],),
+            _DEEPSPEED_MEMORY_TARGET,
+        ),
+    ]
 
 
 # ---- within budget

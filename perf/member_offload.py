@@ -30,14 +30,24 @@ class OffloadReport:
 class EngineMember:
     """The engine on a GPT of a configuration, with a batch of its own size."""
 
-    def __init__(self, config: str, batch_size: int, length: int, offload: str, folder: str | None) -> None:
+    def __init__(
+        self,
+        config: str,
+        batch_size: int,
+        length: int,
+        offload: str,
+        folder: str | None,
+        host: str | None = None,
+        micro_batches: int = 1,
+    ) -> None:
         sizes = replace(CONFIGS[config], batch_size=batch_size, length=length)
         self._batches = random_batches(sizes)
         self._engine = Engine(
             build_gpt(sizes),
             optimizer=adamw,
             loss=token_loss,
-            memory=Memory(disk=folder),
+            memory=Memory(host=host, disk=folder),
+            micro_batches=micro_batches,
             offload=offload,
             run_name=f"perf-{batch_size}x{length}",
         )
@@ -67,11 +77,18 @@ class DiskMember:
 
 
 def engine(
-    rank: Rank, config: str, batch_size: int, length: int, offload: str, folder: str | None = None
+    rank: Rank,
+    config: str,
+    batch_size: int,
+    length: int,
+    offload: str,
+    folder: str | None = None,
+    host: str | None = None,
+    micro_batches: int = 1,
 ) -> EngineMember:
     """See `EngineMember`."""
     del rank
-    return EngineMember(config, batch_size, length, offload, folder)
+    return EngineMember(config, batch_size, length, offload, folder, host, micro_batches)
 
 
 def disk(rank: Rank, folder: str) -> DiskMember:

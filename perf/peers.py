@@ -79,8 +79,11 @@ def fsdp2(rank: Rank, config: str, data: str = "random", reshard_after_forward: 
     return _trainee(rank, config, data, model, adamw(model.parameters()))
 
 
-def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3) -> Trainee:
-    """DeepSpeed ZeRO on CPU with torch's fused AdamW; its default of clipping gradients at 1.0 is switched off."""
+def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3, nvme_folder: str | None = None) -> Trainee:
+    """DeepSpeed ZeRO on CPU with torch's fused AdamW; its default of clipping gradients at 1.0 is switched off.
+
+    With `nvme_folder`, parameters and optimizer lie there. It keeps such parameters in bfloat16 without being asked to.
+    """
     from importlib import import_module
 
     library: Any = import_module("deepspeed")
@@ -88,13 +91,21 @@ def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3) -> 
     if rank.count > 1:
         library.init_distributed("gloo")
     batch_size = CONFIGS[config].batch_size
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 3, "contiguous_gradients": True}
+    if nvme_folder is not None:
+        nvme = {"device": "nvme", "nvme_path": nvme_folder, "pin_memory": False, "buffer_count": 5}
+        largest = max(parameter.numel() for parameter in model.parameters())
+        zero["offload_optimizer"] = {**nvme, "pipeline_read": False, "pipeline_write": False, "fast_init": False}
+        zero["offload_param"] = {**nvme, "buffer_size": largest}
+        library.init_distributed("gloo")  # it makes a group for one rank too
     engine, *_ = library.initialize(
         model=model,
         optimizer=adamw(model.parameters()),
         config={
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // rank.count,
-            "zero_optimization": {"stage": stage, "overlap_comm": stage == 3, "contiguous_gradients": True},
+            "zero_optimization": zero,
+            "aio": {"block_size": 1 << 20, "queue_depth": 16, "single_submit": False, "overlap_events": True},
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,
             "steps_per_print": 10**9,
