@@ -91,16 +91,20 @@ def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3, nvm
     if rank.count > 1:
         library.init_distributed("gloo")
     batch_size = CONFIGS[config].batch_size
+    optimizer = adamw(model.parameters())
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 3, "contiguous_gradients": True}
     if nvme_folder is not None:
         nvme = {"device": "nvme", "nvme_path": nvme_folder, "pin_memory": False, "buffer_count": 5}
         largest = max(parameter.numel() for parameter in model.parameters())
+        optimizer = library.ops.adam.DeepSpeedCPUAdam(model.parameters(), lr=3e-4, weight_decay=0.01)  # its own advice
         zero["offload_optimizer"] = {**nvme, "pipeline_read": False, "pipeline_write": False, "fast_init": False}
         zero["offload_param"] = {**nvme, "buffer_size": largest}
-        library.init_distributed("gloo")  # it makes a group for one rank too
+        if rank.count == 1:  # it wants a group for one rank too
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            library.init_distributed("gloo")
     engine, *_ = library.initialize(
         model=model,
-        optimizer=adamw(model.parameters()),
+        optimizer=optimizer,
         config={
             "train_batch_size": batch_size,
             "train_micro_batch_size_per_gpu": batch_size // rank.count,
