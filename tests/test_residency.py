@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, DROPPING
-from residency import OPTIMIZERS, Outcome, covering, engine_of, outcome
+from residency import OPTIMIZERS, Outcome, covering, engine_of, layout, outcome, places
 from torch import nn
 
 from outgrow import Engine, Memory
@@ -35,23 +35,9 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def words(row: dict[str, Any]) -> dict[str, Any]:
-    micro_batches, order = row["turns"]
-    arguments = {key: row[key] for key in ("offload", "activations", "prefetch", "cache_bytes")} | {"order": order}
-    if row["updates"] != "clipped":
-        arguments["update"] = row["updates"]
-    return arguments | layout(row) | {"micro_batches": micro_batches}
-
-
-def layout(row: dict[str, Any]) -> dict[str, Any]:
-    """What results may depend on."""
-    clip = 0.5 if row["updates"] == "clipped" else None
-    return {"name": row["name"], "optimizer": row["optimizer"], "precision": row["precision"], "clip_grad_norm": clip}
-
-
 @functools.cache
-def in_memory(micro_batches: int, **arguments: Any) -> Outcome:
-    return outcome(folder=None, offload="none", micro_batches=micro_batches, **arguments)
+def in_memory(**arguments: Any) -> Outcome:
+    return outcome(folder=None, offload="none", **arguments)
 
 
 def test_the_rows_cover_every_pair() -> None:
@@ -62,8 +48,8 @@ def test_the_rows_cover_every_pair() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
 def test_the_bits_are_those_of_training_in_memory(row: dict[str, Any], tmp_path: Path) -> None:
-    reference = in_memory(row["turns"][0], **layout(row))
-    assert outcome(folder=str(tmp_path), **words(row)).differ(reference) == []
+    reference = in_memory(**layout(row))
+    assert outcome(folder=str(tmp_path), **layout(row), **places(row)).differ(reference) == []
     assert list(tmp_path.iterdir()) == [], "the file is gone"
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import CASES, DROPPING
 from ranks import run_ranks
 from residency import OPTIMIZERS, Outcome, covering, engine_of
+from residency_ranks import compare_rows, part, train
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "name": tuple(CASES),
@@ -25,53 +25,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "cache_bytes": (0, 1 << 14, 1 << 30),
 }
 ROWS = covering(FACTORS)
-
-
-def part(tensors: Any, rank: int) -> Any:
-    """This rank's samples, or None where there are none."""
-    rows = tuple(tensor.tensor_split(dist.get_world_size())[rank] for tensor in tensors)
-    return rows if len(rows[0]) else None
-
-
-def train(rank: int, name: str, optimizer: str, sizes: tuple[int, ...] = (8, 7), **arguments: Any) -> Outcome:
-    with engine_of(name, optimizer, **arguments) as engine:
-        results = [engine.step(part(DROPPING[name].batch(step, samples), rank)) for step, samples in enumerate(sizes)]
-        return Outcome(
-            [r.loss for r in results], [r.grad_norm for r in results], [r.lr for r in results], engine.state_dict()
-        )
-
-
-def layout(row: dict[str, Any]) -> dict[str, Any]:
-    """What results may depend on."""
-    clip = 0.5 if row["updates"] == "clipped" else None
-    micro_batches = row["turns"][0]
-    same = {key: row[key] for key in ("name", "optimizer", "precision")}
-    return same | {"micro_batches": micro_batches, "clip_grad_norm": clip}
-
-
-def places(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("zero", "transport", "offload", "activations", "prefetch", "cache_bytes")
-    update = {} if row["updates"] == "clipped" else {"update": row["updates"]}
-    return {key: row[key] for key in kept} | update | {"order": row["turns"][1]}
-
-
-def compare_rows(rank: int, rows: list[dict[str, Any]]) -> list[str]:
-    """What differs from training in memory, in words."""
-    references: dict[str, Outcome] = {}
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows:
-            key = repr(layout(row))
-            if key not in references:
-                references[key] = train(rank, folder=None, offload="none", **layout(row))
-            try:
-                found = train(rank, folder=folder, **layout(row), **places(row))
-            except Exception as error:
-                error.add_note(f"{row}")
-                raise
-            differences = found.differ(references[key])
-            wrong += [f"{row}: {differences}"] if differences else []
-    return wrong
 
 
 @pytest.mark.parametrize("half", [0, 1])

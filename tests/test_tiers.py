@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, DROPPING
-from residency import OPTIMIZERS, Outcome, covering, engine_of, outcome
+from residency import OPTIMIZERS, Outcome, covering, engine_of, layout, outcome, places
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,24 +43,9 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def words(row: dict[str, Any]) -> dict[str, Any]:
-    micro_batches, order = row["turns"]
-    kept = ("offload", "activations", "prefetch", "device_cache_bytes")
-    arguments = {key: row[key] for key in kept} | {"order": order}
-    if row["updates"] != "clipped":
-        arguments["update"] = row["updates"]
-    return arguments | layout(row) | {"micro_batches": micro_batches}
-
-
-def layout(row: dict[str, Any]) -> dict[str, Any]:
-    """What results may depend on."""
-    clip = 0.5 if row["updates"] == "clipped" else None
-    return {"name": row["name"], "optimizer": row["optimizer"], "precision": row["precision"], "clip_grad_norm": clip}
-
-
 @functools.cache
-def in_one_memory(micro_batches: int, **arguments: Any) -> Outcome:
-    return outcome(folder=None, offload="none", micro_batches=micro_batches, **arguments)
+def in_one_memory(**arguments: Any) -> Outcome:
+    return outcome(folder=None, offload="none", **arguments)
 
 
 def unequal(one: Any, other: Any) -> list[str]:
@@ -77,8 +62,8 @@ def test_the_rows_cover_every_pair() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
 def test_the_bits_are_those_of_training_in_one_memory(row: dict[str, Any], tmp_path: Path) -> None:
-    reference = in_one_memory(row["turns"][0], **layout(row))
-    assert outcome(folder=str(tmp_path), **words(row)).differ(reference) == []
+    reference = in_one_memory(**layout(row))
+    assert outcome(folder=str(tmp_path), **layout(row), **places(row)).differ(reference) == []
     assert list(tmp_path.iterdir()) == [], "the file is gone"
 
 
