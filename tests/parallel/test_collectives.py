@@ -276,6 +276,7 @@ def test_where_memory_cannot_be_shared_messages_are_sent():
 def die_before_reducing(rank: int, kind: str) -> None:
     transport = open_transport(kind=kind)
     transport.prepare_reduce(64, torch.float32, 1)
+    transport.gather_rows([0.0])  # all are connected
     if rank == 1:
         os._exit(7)
     transport.reduce(packer(rank, 1, 64), 64, 1, torch.empty(64), True, False)
