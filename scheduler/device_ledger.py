@@ -5,6 +5,8 @@ gradients until they are summed or have gone down. Does not own the host's share
 themselves.
 """
 
+from dataclasses import replace
+
 from ..parallel.actions import Action, Kind
 from .copies import gathered_peak
 from .ledger import ActivationWalk, HostFigures, Ledger, keeping
@@ -46,7 +48,8 @@ def device_ledger(
     waiting = _Waiting(shape, profile)
     summed: set[int] = set()
     best = Ledger(0, "", {})
-    for instruction in program.instructions:
+    sizes: list[tuple[int, int]] = []
+    for position, instruction in enumerate(program.instructions):
         action = instruction.action
         update = 0
         if action.kind in (Kind.F, Kind.B):
@@ -66,13 +69,14 @@ def device_ledger(
             "update": update,
         }
         total = sum(parts.values())
+        sizes.append((position, total))
         if total > best.peak_bytes:
             best = Ledger(total, str(action), parts)
         if action.kind is Kind.B:
             waiting.made(_trained(action, shape))
         elif action.kind is Kind.STEP and action.index is not None:
             summed.discard(action.index)
-    return best
+    return replace(best, levels=tuple(sizes))
 
 
 def _trained(action: Action, shape: StepShape) -> list[int]:

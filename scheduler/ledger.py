@@ -6,7 +6,7 @@ done where they do not fit (`fit.py`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..parallel.actions import Action, Kind
 from .copies import gathered_peak
@@ -51,11 +51,14 @@ class Ledger:
         peak_bytes: in host memory, the whole process.
         where: the action.
         parts: what the bytes are for.
+        levels: (position in the program, bytes) of every action that was added up: the others hold no more than the
+            one before them.
     """
 
     peak_bytes: int
     where: str
     parts: dict[str, int]
+    levels: tuple[tuple[int, int], ...] = ()
 
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
@@ -78,7 +81,8 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     walk = ActivationWalk(levels)
     held: set[int] = set()
     best = Ledger(0, "", {})
-    for instruction in program.instructions:
+    sizes: list[tuple[int, int]] = []
+    for position, instruction in enumerate(program.instructions):
         action = instruction.action
         activations = update = 0
         if action.kind in (Kind.F, Kind.B):
@@ -97,11 +101,12 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             "update": update,
         }
         total = sum(parts.values())
+        sizes.append((position, total))
         if total > best.peak_bytes:
             best = Ledger(total, str(action), parts)
         if action.kind is Kind.STEP and action.index is not None:
             held.discard(action.index)
-    return best
+    return replace(best, levels=tuple(sizes))
 
 
 def _completed(action: Action, shape: StepShape) -> set[int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from outgrow.parallel.actions import Kind
 from outgrow.parallel.units import find_units
 from outgrow.scheduler.ledger import HostFigures, Ledger, host_ledger
 from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
@@ -92,3 +93,14 @@ def test_what_lies_on_disk_counts_by_the_arena(profile: MemoryProfile) -> None:
     assert found.parts["buffers"] > 0
     assert found.parts["buffers"] < DEPTH * 3 * WEIGHT_BYTES
     assert replace(found, parts={}).where.startswith(("F", "B", "STEP"))
+
+
+def test_every_action_has_its_bytes_and_the_most_of_them_is_the_peak(small: MemoryProfile) -> None:
+    found = ledger(small, micro_batches=2, update=UpdateTime.BACKWARD)
+    plan = Plan(1, 0, 2, "float32", False, 1, (ChunkPlan(),) * DEPTH, update=UpdateTime.BACKWARD)
+    instructions = compile_program(SHAPE, plan).instructions
+    counted = [n for n, i in enumerate(instructions) if i.action.kind in (Kind.F, Kind.B, Kind.STEP)]
+    assert [position for position, _ in found.levels] == counted
+    peak = max(size for _, size in found.levels)
+    assert peak == found.peak_bytes
+    assert found.where == next(str(instructions[position].action) for position, size in found.levels if size == peak)
