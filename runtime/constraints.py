@@ -2,7 +2,7 @@
 
 Owns the words of `offload=`, `activations=`, `order=` and `update=`, their checks, and how they turn a plan of a ZeRO
 stage into one that uses the host of a device with memory of its own, or the disk. Does not own choosing what the caller
-left open (`scheduler/fit.py`).
+left open (`scheduler/search.py`, `scheduler/fit.py`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..memory.budget import Memory
-from ..scheduler.fit import Open, offloaded
+from ..scheduler.assessment import Open, offloaded
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, UpdateTime
 
 __all__ = ["Constraints", "Offload"]

@@ -17,8 +17,9 @@ from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
 from ..parallel.units import Unit
+from ..scheduler.assessment import Assessment, Open
 from ..scheduler.device_ledger import device_ledger
-from ..scheduler.fit import Assessment, Open, choose
+from ..scheduler.fit import choose
 from ..scheduler.ledger import HostFigures, Ledger, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from outgrow.memory.errors import DoesNotFit
-from outgrow.scheduler.fit import Assessment, Open, choose
+from outgrow.scheduler.assessment import Assessment, Open
+from outgrow.scheduler.fit import choose
 from outgrow.scheduler.ledger import Ledger
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import Buffer, Program

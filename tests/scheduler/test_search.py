@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from outgrow.memory.errors import DoesNotFit
-from outgrow.scheduler.fit import Assessment, Open
+from outgrow.scheduler.assessment import Assessment, Open, describe
 from outgrow.scheduler.ledger import Ledger
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import Buffer, Program
-from outgrow.scheduler.search import Found, describe, search
+from outgrow.scheduler.search import Found, search
 
 NUM_UNITS = 4
 EVERYTHING = Open(homes=True, activations=True, order=True, update=True)
@@ -77,9 +77,11 @@ def test_no_candidate_that_fits_is_faster_and_every_fate_is_told() -> None:
         assert len(set(plans)) == len(plans)
 
 
-def test_more_memory_is_never_slower_and_the_result_is_always_the_same() -> None:
+def test_more_memory_is_not_slower_and_the_result_is_always_the_same() -> None:
+    """But for what refining only the fastest few residencies can miss."""
     seconds = [found(budget).seconds for budget in range(40, 800, 20)]
-    assert seconds == sorted(seconds, reverse=True)
+    assert all(after <= 1.01 * min(seconds[: place + 1]) for place, after in enumerate(seconds[1:]))
+    assert seconds[-1] == min(seconds)
     assert found(300) == found(300)
 
 
@@ -94,6 +96,13 @@ def test_the_exact_choice_of_activations_is_tried_with_the_room_that_there_is() 
     tried = [each.plan.activations for each in result.candidates]
     assert (Activations.KEEP, Activations.RECOMPUTE, Activations.KEEP, Activations.KEEP) in tried
     assert asked[0] == 720 - 660
+
+
+def test_what_is_left_of_the_budget_brings_chunks_nearer() -> None:
+    result = found(500)
+    assert [c.optimizer_home for c in result.best.plan.chunks].count(Home.HOST) == 2
+    assert result.best.ledger.peak_bytes == 480
+    assert found(579).best.ledger.peak_bytes <= 579
 
 
 def test_what_is_left_of_the_budget_keeps_parameters_in_memory() -> None:
@@ -144,7 +153,7 @@ def test_a_device_with_memory_of_its_own_has_a_budget_of_its_own() -> None:
 
     assert all(chunk.parameter_home is Home.DEVICE for chunk in best(610).best.plan.chunks)
     tight = best(600)
-    assert all(chunk.parameter_home is Home.HOST for chunk in tight.best.plan.chunks)
+    assert sum(chunk.parameter_home is Home.HOST for chunk in tight.best.plan.chunks) == 1, "three of four fit there"
     assert any(each.fate == "refused: 10 B too much on the device at B1.0" for each in tight.candidates)
     with pytest.raises(DoesNotFit, match=r"device budget of 5 B: the leanest needs 10 B, 5 B more, at B1\.0"):
         best(5, replace(EVERYTHING, disk=False))

@@ -1,0 +1,70 @@
+"""What is left of the budgets, spent: chunks at home on a nearer tier, parameters that stay from use to use.
+
+Owns growing a plan that fits until it would not. Does not own what a plan takes, nor which plan is grown.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .assessment import Assessment, Budgets, offloaded
+from .plan import Home, Plan
+
+__all__ = ["cache_more", "keep_more_nearer"]
+
+_GRAIN_BYTES = 1 << 22  # less than that is not worth a try
+_NUM_TRIES = 6
+
+
+def keep_more_nearer(found: Assessment, budgets: Budgets, assess: Callable[..., Assessment]) -> Assessment:
+    """Let the first chunks be at home nearer, as many as fit there: on a device with memory of its own, or in memory
+    where they are on disk."""
+    plan = found.plan
+    nearer = _nearer(plan)
+    if nearer is None:
+        return found
+    here = tuple(offloaded(chunk, *nearer) for chunk in plan.chunks)
+    few, many = 0, len(plan.chunks)  # none is what was found, all do not fit
+    while many - few > 1:
+        middle = (few + many) // 2
+        tried = assess(replace(plan, chunks=here[:middle] + plan.chunks[middle:]))
+        if budgets.fit(tried):
+            few, found = middle, tried
+        else:
+            many = middle
+    return found
+
+
+def _nearer(plan: Plan) -> tuple[Home, Home] | None:
+    """Homes of parameters and slots that are one step nearer than those that chunks have; None: they are all there."""
+    if not plan.unified:
+        is_there = all(chunk.parameter_home is Home.DEVICE for chunk in plan.chunks)
+        return None if is_there else (Home.DEVICE, Home.DEVICE)
+    if all(chunk.optimizer_home is Home.HOST for chunk in plan.chunks):
+        return None
+    return Home.HOST, Home.HOST
+
+
+def cache_more(found: Assessment, budgets: Budgets, assess: Callable[..., Assessment]) -> Assessment:
+    """Let parameters stay in memory from use to use with what is left of the budget."""
+    if found.device is not None and any(found.plan.brings_up(chunk) for chunk in range(len(found.plan.chunks))):
+        spare = (budgets.device or 0) - found.device.peak_bytes
+        found = _grown(found, "device_cache_bytes", found.program.arena_bytes("device"), spare, budgets, assess)
+    if any(chunk.parameter_home is Home.DISK for chunk in found.plan.chunks):
+        spare = budgets.host - found.ledger.peak_bytes
+        found = _grown(found, "cache_bytes", found.program.arena_bytes("host"), spare, budgets, assess)
+    return found
+
+
+def _grown(
+    found: Assessment, name: str, low: int, spare: int, budgets: Budgets, assess: Callable[..., Assessment]
+) -> Assessment:
+    """With the largest cache that fits, of those between what the arena takes anyway and all that is spare."""
+    high = low + spare
+    for _ in range(_NUM_TRIES):
+        if high - low < _GRAIN_BYTES:
+            break
+        tried = assess(replace(found.plan, **{name: high}))  # pyright: ignore[reportArgumentType]
+        if budgets.fit(tried):
+            return tried
+        high = (low + high) // 2
+    return found
