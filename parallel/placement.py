@@ -295,16 +295,7 @@ class OffloadedParameters(ParameterStore):
 class UploadedParameters(OffloadedParameters):
     """A shard on the host, and on a device with memory of its own a copy of it that comes and goes."""
 
-    def __init__(
-        self,
-        num_elems: int,
-        dtype: torch.dtype,
-        size: int = 1,
-        rank: int = 0,
-        all_gather: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
-    ) -> None:
-        super().__init__(num_elems, dtype, size, rank, all_gather)
-        self._copy: torch.Tensor | None = None
+    _copy: torch.Tensor | None = None
 
     @property
     def comes_and_goes(self) -> bool:

@@ -85,21 +85,33 @@ def _pair(config: str, batch_size: int, length: int, folder: str) -> tuple[Conte
 def _compute_bound(config: str, tokens: int, folder: str, options: Options, say: Callable[[str], None]) -> list[Figure]:
     turns, losses = _measure(_pair(config, 8, 256, folder), options, lambda line: say(f"{config} 8x256, {line}"))
     section = f"{config}, batch 8x256: everything on disk against everything in memory"
-    seconds = {name: [each.seconds for each in reports] for name, reports in turns.items()}
-    figures = [
-        Figure(
-            section,
-            name,
-            "tokens/s",
-            tuple(tokens / each for each in seconds[name]),
-            note=f"RSS {max(each.peak_rss_bytes for each in reports) / _MIB:,.0f} MiB; {reports[-1].moved}",
-        )
-        for name, reports in turns.items()
+    return [
+        *(_speed(section, name, tokens, reports, note=str(reports[-1].moved)) for name, reports in turns.items()),
+        _speed_up(section, "on disk", "in memory", turns, _IN_MEMORY_TARGET),
+        _agreement(section, losses),
     ]
-    ratios = paired_ratios(seconds["in memory"], seconds["on disk"])
-    figures.append(Figure(section, "on disk / in memory", "ratio", ratios, _IN_MEMORY_TARGET))
-    figures.append(_agreement(section, losses))
-    return figures
+
+
+def _speed(section: str, name: str, tokens: int, reports: Sequence[Any], note: str) -> Figure:
+    """Tokens a second in every round, and the process's peak."""
+    peak_mib = _peak_bytes(reports) / _MIB
+    return Figure(
+        section,
+        name,
+        "tokens/s",
+        tuple(tokens / each.seconds for each in reports),
+        note=f"RSS {peak_mib:,.0f} MiB; {note}",
+    )
+
+
+def _speed_up(section: str, one: str, other: str, turns: dict[str, list[Any]], target: Target) -> Figure:
+    """How many times faster `one` was than `other`, round by round."""
+    seconds = {name: [each.seconds for each in turns[name]] for name in (one, other)}
+    return Figure(section, f"{one} / {other}", "ratio", paired_ratios(seconds[other], seconds[one]), target)
+
+
+def _peak_bytes(reports: Sequence[Any]) -> int:
+    return max(each.peak_rss_bytes for each in reports)
 
 
 def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str], None]) -> list[Figure]:
@@ -206,32 +218,18 @@ def _against_deepspeed(
     if theirs.missing:
         return [Figure(section, "DeepSpeed", "tokens/s", (), note=f"missing: {', '.join(theirs.missing)}")]
     turns, losses = _measure((ours, theirs), options, lambda line: say(f"{config} against DeepSpeed, {line}"))
-    seconds = {name: [each.seconds for each in reports] for name, reports in turns.items()}
-    peaks = {name: max(each.peak_rss_bytes for each in reports) for name, reports in turns.items()}
     first = {name: values[0] for name, values in losses.items()}
     return [
         *(
-            Figure(
-                section,
-                name,
-                "tokens/s",
-                tuple(tokens / each for each in seconds[name]),
-                note=f"RSS {peaks[name] / _MIB:,.0f} MiB, first loss {first[name]:.6f}",
-            )
-            for name in turns
+            _speed(section, name, tokens, reports, note=f"first loss {first[name]:.6f}")
+            for name, reports in turns.items()
         ),
-        Figure(
-            section,
-            "on disk / DeepSpeed",
-            "ratio",
-            paired_ratios(seconds["DeepSpeed"], seconds["on disk"]),
-            _DEEPSPEED_SPEED_TARGET,
-        ),
+        _speed_up(section, "on disk", "DeepSpeed", turns, _DEEPSPEED_SPEED_TARGET),
         Figure(
             section,
             "peak of on disk / DeepSpeed",
             "ratio",
-            (peaks["on disk"] / peaks["DeepSpeed"],),
+            (_peak_bytes(turns["on disk"]) / _peak_bytes(turns["DeepSpeed"]),),
             _DEEPSPEED_MEMORY_TARGET,
         ),
     ]

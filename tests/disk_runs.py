@@ -2,27 +2,30 @@
 
 import functools
 import gc
+import itertools
 import mmap
 import os
 import resource
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from faulty_io import Fault
+from faulty_io import Fault, FaultyIO
 from torch import nn
 
 from outgrow.memory.budget import Memory
 from outgrow.memory.direct_io import DirectIO
-from outgrow.memory.errors import StoreError
+from outgrow.memory.errors import OutgrowError, StoreError
 from outgrow.runtime import opening as opening_module
 from outgrow.runtime.disk_tier import DiskTier
 from outgrow.runtime.engine import Engine
+from outgrow.scheduler.program import Program
 
 BY_UNIT = {"order": "by-unit", "micro_batches": 3}
 
@@ -138,6 +141,66 @@ class BrokenDriverError(Exception):
 
 def another_kind(transfer: Callable[[memoryview], int], view: memoryview, write: bool) -> int:
     raise BrokenDriverError("the driver is mad")
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, OutgrowError | None]:
+    """What it gives, or what it raises."""
+    try:
+        return call(), None
+    except OutgrowError as error:
+        return None, error
+
+
+@dataclass
+class Failing:
+    """An engine after two steps whose disk has a fault of this `kind` at its n-th request from now on."""
+
+    n: int
+    engine: Engine
+    disk: "From"
+    kind: type[StoreError]
+    path: Path
+    position: int
+
+    def third_step(self) -> StoreError:
+        """What the step fails with."""
+        _, error = attempt(lambda: train(self.engine, 3, 3))
+        assert type(error) is self.kind, f"request {self.n}: {error!r}"
+        return error
+
+
+def each_request_fails(
+    folder: Path,
+    write: bool,
+    kinds: Sequence[tuple[Fault, type[StoreError]]],
+    moves: Callable[[Program], Sequence[int]],
+    **settings: Any,
+) -> Iterator[Failing]:
+    """One engine for each request of the third step, and one that has all of its requests behind it.
+
+    Args:
+        kinds: faults and what is raised for them, in turn.
+        moves: positions of the requests in a program, in their order.
+    """
+    losses, _ = expected(**{key: settings[key] for key in BY_UNIT if key in settings})
+    for n in itertools.count():
+        fault, kind = kinds[n % len(kinds)]
+        disk = From(fault, write, n)
+        io = FaultyIO(always=disk)
+        engine = make(folder, io, **settings)
+        with tier_of(io):  # that of activations is opened with the first step's program
+            assert train(engine, 1, 2) == losses[:2]
+        (path,) = files(folder)
+        assert engine.program is not None
+        positions = moves(engine.program)
+        io.arm()
+        if n == len(positions):  # there is no such request
+            assert train(engine, 3, 3) == losses[2:3]
+            assert disk.count == n
+            engine.close()
+            return
+        yield Failing(n, engine, disk, kind, path, positions[n])
+        engine.close()
 
 
 def files(folder: Path | str) -> list[Path]:

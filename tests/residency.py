@@ -14,7 +14,19 @@ from models import DROPPING
 from outgrow import Engine, Memory
 from outgrow.scheduler import fit
 
-__all__ = ["OPTIMIZERS", "Outcome", "covering", "engine_of", "grouped", "layout", "outcome", "places"]
+__all__ = [
+    "OPTIMIZERS",
+    "Outcome",
+    "covering",
+    "engine_of",
+    "every_pair_meets",
+    "grouped",
+    "in_memory",
+    "layout",
+    "outcome",
+    "places",
+    "unequal",
+]
 
 
 def grouped(parameters: Any) -> torch.optim.Optimizer:
@@ -56,7 +68,7 @@ class Outcome:
             f"{name} {getattr(self, name)} {getattr(other, name)}" for name in words if not _same(self, other, name)
         ]
         assert list(self.weights) == list(other.weights)
-        return wrong + [name for name in self.weights if not torch.equal(self.weights[name], other.weights[name])]
+        return wrong + unequal(self.weights, other.weights)
 
 
 def _same(one: Outcome, other: Outcome, name: str) -> bool:
@@ -109,6 +121,18 @@ def outcome(
         )
 
 
+@functools.cache
+def in_memory(**arguments: Any) -> Outcome:
+    """Of what results may depend on, with everything in memory."""
+    return outcome(folder=None, offload="none", **arguments)
+
+
+def unequal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of what is not the same, bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
 _DECIDE = ("name", "optimizer", "precision")
 
 
@@ -155,3 +179,11 @@ def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         missing -= {(a, b) for a in row.items() for b in row.items()}
         rows.append({name: factors[name][row[name]] for name in factors})
     return rows
+
+
+def every_pair_meets(factors: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every two words of different factors stand together in a row."""
+    return all(
+        {(row[one], row[other]) for row in rows} == set(itertools.product(factors[one], factors[other]))
+        for one, other in itertools.combinations(factors, 2)
+    )

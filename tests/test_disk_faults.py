@@ -2,6 +2,7 @@
 and nothing is left behind."""
 
 import errno
+import functools
 import gc
 import threading
 import weakref
@@ -15,6 +16,8 @@ from disk_runs import (
     BY_UNIT,
     From,
     another_kind,
+    attempt,
+    each_request_fails,
     expected,
     files,
     make,
@@ -25,7 +28,7 @@ from disk_runs import (
 )
 from faulty_io import EIO, ENOSPC, Fault, FaultyIO, fails_with, nothing_moved, short_by_half
 
-from outgrow.memory.errors import DiskFault, DiskFull, OutgrowError, StateLost, StoreError
+from outgrow.memory.errors import DiskFault, DiskFull, StateLost, StoreError
 from outgrow.parallel.actions import Kind
 from outgrow.runtime.engine import Engine
 from outgrow.scheduler.program import Program
@@ -71,14 +74,6 @@ def goes_on(engine: Engine, folder: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def attempt(call: Callable[[], Any]) -> tuple[Any, OutgrowError | None]:
-    """What it gives, or what it raises."""
-    try:
-        return call(), None
-    except OutgrowError as error:
-        return None, error
-
-
 KINDS = {
     "EIO": (EIO, DiskFault),
     "ENOSPC": (ENOSPC, DiskFull),
@@ -93,42 +88,26 @@ KINDS = {
 def test_every_request_of_a_step_fails_once_and_for_all(tmp_path: Path, write: bool, settings: dict[str, Any]) -> None:
     """Request n of step 3 and all after it, for every n. A failure that nothing can have been updated before leaves an
     engine that goes on with the right bits; after an update it refuses; in between it does one of the two."""
-    losses, _ = expected(**settings)
-    num_refused = num_went_on = n = 0
-    while True:
-        name, (fault, kind) = list(KINDS.items())[n % len(KINDS)]
-        disk = From(fault, write, n)
-        io = FaultyIO(always=disk)
-        engine = make(tmp_path, io, **settings)
-        assert train(engine, 1, 2) == losses[:2]
-        (path,) = files(tmp_path)
-        program = engine.program
+    num_refused = num_went_on = 0
+    wanted = functools.partial(moves, kind=Kind.WRITE if write else Kind.READ)
+    for failing in each_request_fails(tmp_path, write, list(KINDS.values()), wanted, **settings):
+        engine, position, program = failing.engine, failing.position, failing.engine.program
         assert program is not None
-        io.arm()
-        positions = moves(program, Kind.WRITE if write else Kind.READ)
-        if n == len(positions):  # there is no such request
-            assert train(engine, 3, 3) == losses[2:3]
-            assert disk.count == n
-            engine.close()
-            break
-        with pytest.raises(kind) as caught:
-            train(engine, 3, 3)
-        assert type(caught.value) is kind, name
-        assert names_the_place(caught.value, path)
-        action = program.instructions[positions[n]].action
-        assert f"c{action.index}:{action.slot}" == f"{caught.value.place.chunk}:{caught.value.place.slot}"
-        assert "rank 0, step 3" in "\n".join(caught.value.__notes__)
-        del caught
-        disk.heal()
+        error = failing.third_step()
+        assert names_the_place(error, failing.path)
+        action = program.instructions[position].action
+        assert error.place is not None
+        assert f"c{action.index}:{action.slot}" == f"{error.place.chunk}:{error.place.slot}"
+        assert "rank 0, step 3" in "\n".join(error.__notes__)
+        del error
+        failing.disk.heal()
         went_on = goes_on(engine, tmp_path, settings)
-        if positions[n] in before_first_update(program):
+        if position in before_first_update(program):
             assert went_on, f"{action} failed before any update, and the engine does not go on"
-        if write and positions[n] >= program.num_carried:
+        if write and position >= program.num_carried:
             assert not went_on, f"{action} was not written, and the engine goes on"
         num_went_on += went_on
         num_refused += not went_on
-        engine.close()
-        n += 1
     assert num_went_on > 0
     assert num_refused > 0 or not write
 

@@ -7,11 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_runs import BY_UNIT, From, another_kind, expected, files, make, nothing_is_left, same_weights, tier_of, train
+from disk_runs import (
+    BY_UNIT,
+    From,
+    another_kind,
+    each_request_fails,
+    expected,
+    make,
+    nothing_is_left,
+    same_weights,
+    tier_of,
+    train,
+)
 from faulty_io import EIO, ENOSPC, FaultyIO, nothing_moved
 
 from outgrow.memory.errors import ChunkCorrupted, DiskFault, DiskFull, StateLost, StoreError
 from outgrow.parallel.actions import Kind
+from outgrow.scheduler.program import Program
 
 MOVED = {"offload": "none", "activations": "offload:disk"}
 KINDS = {
@@ -35,46 +47,35 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 def test_every_request_of_a_step_fails(tmp_path: Path, write: bool, turns: dict[str, Any], update: str) -> None:
     """Before any update the step can be done again, with the same bits; afterwards it is refused: one of the two."""
     losses, weights = expected(**turns)
-    went_on = refused = n = 0
-    while True:
-        name, (fault, kind) = list(KINDS.items())[n % len(KINDS)]
-        disk = From(fault, write, n)
-        io = FaultyIO(always=disk)
-        engine = make(tmp_path, io, update=update, **MOVED, **turns)
-        with tier_of(io):  # it is opened with the first step's program
-            assert train(engine, 1, 2) == losses[:2]
-        (path,) = files(tmp_path)
+    went_on = refused = 0
+    wanted = Kind.SAVE if write else Kind.LOAD
+
+    def positions(program: Program) -> list[int]:
+        return [p for p, each in enumerate(program.instructions) if each.action.kind is wanted]
+
+    for failing in each_request_fails(
+        tmp_path, write, list(KINDS.values()), positions, update=update, **MOVED, **turns
+    ):
+        engine = failing.engine
         assert engine.program is not None
-        wanted = Kind.SAVE if write else Kind.LOAD
-        actions = engine.program.actions(wanted)
-        io.arm()
-        if n == len(actions):  # there is no such request
-            assert train(engine, 3, 3) == losses[2:3]
-            assert disk.count == n
-            engine.close()
-            break
-        with pytest.raises(kind) as caught:
-            train(engine, 3, 3)
-        assert type(caught.value) is kind, name
-        place = caught.value.place
-        action = actions[n]
-        assert (place.run, place.rank, place.path) == ("demo-activations", 0, str(path))
+        action = engine.program.instructions[failing.position].action
+        error = failing.third_step()
+        place = error.place
+        assert place is not None
+        assert (place.run, place.rank, place.path) == ("demo-activations", 0, str(failing.path))
         assert place.chunk == f"a{action.index}.{action.micro_batch}"
-        assert f"chunk {place.chunk}" in str(caught.value)
-        assert f"offset {place.offset_bytes}" in str(caught.value)
-        del caught, place
-        disk.heal()
+        assert f"chunk {place.chunk}" in str(error)
+        assert f"offset {place.offset_bytes}" in str(error)
+        del error, place
+        failing.disk.heal()
         try:
             assert train(engine, 3, 4) == losses[2:]
             assert same_weights(engine.state_dict(), weights)
             went_on += 1
         except StateLost:
             refused += 1
-        engine.close()
-        n += 1
-    assert n > 1
+    assert went_on + refused > 1
     if update == "after":  # else it depends on the lanes' timing what was updated before the failure was noticed
-        assert went_on == n
         assert refused == 0
 
 

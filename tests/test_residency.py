@@ -1,14 +1,13 @@
 """Invariant 1 on one rank: wherever state lies, whenever it moves and is updated, the bits are the same."""
 
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import CASES, DROPPING
-from residency import OPTIMIZERS, Outcome, covering, engine_of, layout, outcome, places
+from residency import OPTIMIZERS, covering, engine_of, every_pair_meets, in_memory, layout, outcome, places, unequal
 from torch import nn
 
 from outgrow import Engine, Memory
@@ -27,23 +26,11 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 ROWS = covering(FACTORS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def in_memory(**arguments: Any) -> Outcome:
-    return outcome(folder=None, offload="none", **arguments)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_rows_cover_every_pair() -> None:
-    for one, other in itertools.combinations(FACTORS, 2):
-        met = {(row[one], row[other]) for row in ROWS}
-        assert met == set(itertools.product(FACTORS[one], FACTORS[other]))
+    assert every_pair_meets(FACTORS, ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
@@ -110,11 +97,6 @@ def test_looking_at_the_weights_between_steps_changes_nothing(
     saved = load_file(files / "weights.safetensors")
     assert unequal(saved, {key: weights[2][key] for key in saved}) == []
     assert set(weights[2]) - set(saved) <= {"head.weight", "tok.weight"}, "tied weights are saved once"
-
-
-def unequal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 class Broken(Exception):

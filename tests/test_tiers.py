@@ -1,16 +1,14 @@
 """Invariant 1 on one rank with a device apart from the host: wherever state lies among three tiers, the bits are those
 of training in one memory."""
 
-import functools
 import gc
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import CASES, DROPPING
-from residency import OPTIMIZERS, Outcome, covering, engine_of, layout, outcome, places
+from residency import OPTIMIZERS, covering, engine_of, every_pair_meets, in_memory, layout, outcome, places, unequal
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,34 +33,17 @@ ROWS = covering(FACTORS)
 APART: dict[str, Any] = {"device_cache_bytes": 0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def in_one_memory(**arguments: Any) -> Outcome:
-    return outcome(folder=None, offload="none", **arguments)
-
-
-def unequal(one: Any, other: Any) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_rows_cover_every_pair() -> None:
-    for one, other in itertools.combinations(FACTORS, 2):
-        met = {(row[one], row[other]) for row in ROWS}
-        assert met == set(itertools.product(FACTORS[one], FACTORS[other]))
+    assert every_pair_meets(FACTORS, ROWS)
     assert {row["optimizer"] for row in ROWS} <= OPTIMIZERS.keys()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
-def test_the_bits_are_those_of_training_in_one_memory(row: dict[str, Any], tmp_path: Path) -> None:
-    reference = in_one_memory(**layout(row))
+def test_the_bits_are_those_of_training_in_memory(row: dict[str, Any], tmp_path: Path) -> None:
+    reference = in_memory(**layout(row))
     assert outcome(folder=str(tmp_path), **layout(row), **places(row)).differ(reference) == []
     assert list(tmp_path.iterdir()) == [], "the file is gone"
 

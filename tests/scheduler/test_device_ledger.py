@@ -3,19 +3,16 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
+from chain import DEPTH, WEIGHT_BYTES, WIDTH, profile_of
 
-from outgrow.parallel.units import find_units
 from outgrow.scheduler.device_ledger import device_ledger
 from outgrow.scheduler.ledger import HostFigures, Ledger, host_ledger
-from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
+from outgrow.scheduler.memory_profile import MemoryProfile
 from outgrow.scheduler.passes import compile_program
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import ChunkUse, StepShape, UnitUse
 
-WIDTH, DEPTH, SAMPLES = 64, 6, 512
-WEIGHT_BYTES = 4 * WIDTH * WIDTH
+SAMPLES = 512
 BATCH_BYTES = 4 * WIDTH * SAMPLES
 HOST = ChunkPlan()
 DEVICE = ChunkPlan(parameter_home=Home.DEVICE, optimizer_home=Home.DEVICE)
@@ -23,14 +20,6 @@ SHAPE = StepShape(
     tuple(UnitUse(str(number), (number,), True, number, 3 * BATCH_BYTES) for number in range(DEPTH)),
     tuple(ChunkUse(WEIGHT_BYTES, True, WEIGHT_BYTES, 2 * WEIGHT_BYTES) for _ in range(DEPTH)),
 )
-
-
-def profile_of(samples: int) -> MemoryProfile:
-    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Tanh()) for _ in range(DEPTH))
-    model = nn.Sequential(*blocks)
-    units = find_units(model, [str(number) for number in range(DEPTH)])
-    batch = torch.empty(samples, WIDTH)
-    return measure_memory(model, units, lambda m, x: m(x), lambda output, _: output.square().mean(), batch)
 
 
 @pytest.fixture(scope="module")

@@ -4,28 +4,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
+from chain import DEPTH, WEIGHT_BYTES, profile_of
 
 from outgrow.parallel.actions import Kind
-from outgrow.parallel.units import find_units
 from outgrow.scheduler.ledger import HostFigures, Ledger, host_ledger
-from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
+from outgrow.scheduler.memory_profile import MemoryProfile
 from outgrow.scheduler.passes import compile_program
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import ChunkUse, StepShape, UnitUse
 
-WIDTH, DEPTH = 64, 6
-WEIGHT_BYTES = 4 * WIDTH * WIDTH
 ON_DISK = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
-
-
-def profile_of(samples: int) -> MemoryProfile:
-    blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Tanh()) for _ in range(DEPTH))
-    model = nn.Sequential(*blocks)
-    units = find_units(model, [str(number) for number in range(DEPTH)])
-    batch = torch.empty(samples, WIDTH)
-    return measure_memory(model, units, lambda m, x: m(x), lambda output, _: output.square().mean(), batch)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from by_hand import EVERYTHING, NUM_UNITS, PLAN, assess
 
 from outgrow.memory.errors import DoesNotFit
 from outgrow.scheduler.assessment import Assessment, Open, describe
@@ -11,22 +12,7 @@ from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder
 from outgrow.scheduler.program import Buffer, Program
 from outgrow.scheduler.search import Found, search
 
-NUM_UNITS = 4
-EVERYTHING = Open(homes=True, activations=True, order=True, update=True)
 NOTHING = Open(homes=False, activations=False, order=False, update=False)
-PLAN = Plan(1, 0, 2, "float32", False, 1, (ChunkPlan(),) * NUM_UNITS)
-
-
-def assess(plan: Plan) -> Assessment:
-    """Bytes by hand: 100 a chunk for slots, 50 for parameters, 20 a unit kept, 60 for sums of several micro-batches."""
-    slots = sum(100 for chunk in plan.chunks if chunk.optimizer_home is Home.HOST)
-    parameters = sum(50 for chunk in plan.chunks if chunk.parameter_home is Home.HOST)
-    kept = sum(20 for unit in range(NUM_UNITS) if plan.activations_of(unit) is Activations.KEEP)
-    sums = 60 if plan.order is MicroBatchOrder.SEQUENTIAL else 0
-    buffers = 0 if parameters else max(10 + 10 * plan.prefetch, plan.cache_bytes)
-    parts = {"state": slots + parameters, "activations": kept, "gradients": sums, "buffers": buffers}
-    program = Program((), (Buffer("b", "host", 0, buffers),) if buffers else ())
-    return Assessment(plan, program, Ledger(sum(parts.values()), "B3.1", parts))
 
 
 def predict(found: Assessment) -> float:
