@@ -4,11 +4,12 @@ Owns the record that measured and predicted steps share, and its Chrome/Perfetto
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Span", "Timeline"]
+__all__ = ["Span", "Timeline", "chrome_trace", "timelines_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,32 @@ class Timeline:
 
     def save(self, path: Path | str) -> None:
         Path(path).write_text(json.dumps(self.to_chrome()))
+
+
+def timelines_from(trace: Mapping[str, Any]) -> list[Timeline]:
+    """The timelines of a trace that `chrome_trace` made, one a rank, to the nanosecond; peaks are not in it.
+
+    Raises:
+        ValueError: another kind of trace.
+    """
+    try:
+        lanes: dict[tuple[int, int], str] = {}
+        spans: dict[int, list[Span]] = {}
+        for event in trace["traceEvents"]:
+            rank = event["pid"]
+            found = spans.setdefault(rank, [])
+            if event["ph"] == "M" and event["name"] == "thread_name":
+                lanes[rank, event["tid"]] = event["args"]["name"]
+            elif event["ph"] == "X":
+                start_s, seconds = event["ts"] / 1e6, event["dur"] / 1e6
+                lane, num_bytes = lanes[rank, event["tid"]], event["args"]["num_bytes"]
+                found.append(Span(lane, event["name"], start_s, start_s + seconds, num_bytes))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is no trace of a step: {type(error).__name__}: {error}") from error
+    return [
+        Timeline(tuple(sorted(found, key=lambda span: (span.start_s, span.end_s))), {}, rank)
+        for rank, found in sorted(spans.items())
+    ]
 
 
 def chrome_trace(timelines: Iterable[Timeline]) -> dict[str, object]:

@@ -83,6 +83,17 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder, or its URI.")],
+    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures to this file.")] = None,
+) -> None:
+    """Say what was predicted of a run and what was measured, by lane and by unit."""
+    from .report import print_report
+
+    _fail_clearly(print_report, run, html=html)
+
+
 @app.command(add_help_option=False, context_settings=_PASSED_ON)
 def perf(context: typer.Context) -> None:
     """Measure: benchmarks against targets and peers (`outgrow perf --list`)."""

@@ -63,8 +63,9 @@ class MemoryHeld:
 
 @dataclass(frozen=True)
 class Finished:
-    """A rank is done: its last step's trace in Chrome's format (rank 0 only, else None), and the bytes of model state
-    per slot at that step's fullest moment."""
+    """A rank is done: the trace of a typical step in Chrome's format (rank 0 only, else None; `otherData` says which
+    step, its seconds and the names of the unit runs), and the bytes of model state per slot at the last step's fullest
+    moment."""
 
     rank: int
     trace: Mapping[str, Any] | None

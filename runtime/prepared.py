@@ -209,6 +209,12 @@ class PreparedEngine(ABC):
         """What a step runs; None before the first one."""
         return self._program
 
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the unit runs, as `F12.0` counts them; none before the first step."""
+        calls = self._trace.calls if self._trace is not None else ()
+        return tuple(self._units[call.unit].name for call in calls)
+
     def _open_pipeline(self, words: PipelineWords, transport: str | None) -> "Pipeline | None":
         if words.num_ranks == 1:
             return None

@@ -44,12 +44,14 @@ class Recorder:
         self.peak_bytes: dict[int, dict[str, int]] = {}
         self.state_bytes: dict[int, dict[str, int]] = {}
         self.base_bytes: dict[int, int] = {}
+        self.budget_bytes: dict[int, dict[str, int]] = {}
 
     def send(self, event: Event) -> None:
         """Record one event."""
         match event:
-            case Started(rank=rank, plan=plan, base_bytes=base_bytes):
+            case Started(rank=rank, plan=plan, base_bytes=base_bytes, budget_bytes=budget_bytes):
                 self.base_bytes[rank] = base_bytes
+                self.budget_bytes[rank] = dict(budget_bytes)
                 if rank == 0:
                     self.plan = plan
                     self._folder.write_json("plan.json", plan.to_json())
@@ -92,6 +94,7 @@ class Recorder:
             "peak_bytes": {str(rank): peaks for rank, peaks in sorted(self.peak_bytes.items())},
             "state_bytes": {str(rank): slots for rank, slots in sorted(self.state_bytes.items())},
             "base_bytes": {str(rank): held for rank, held in sorted(self.base_bytes.items())},
+            "budget_bytes": {str(rank): tiers for rank, tiers in sorted(self.budget_bytes.items())},
             "workers": self._runtime.workers,
             "arguments": self._config.to_json(),
             "started": datetime.fromtimestamp(self._started_s, UTC).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..scheduler.plan import Plan
+    from .report import Report
 
 __all__ = ["Metrics", "Result"]
 
@@ -59,6 +60,12 @@ class Result:
             aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors | {alias: tensors[stored] for alias, stored in aliases.items()}
+
+    def report(self) -> "Report":
+        """Predicted against measured: print it, or `report.save_html("report.html")`."""
+        from .report import read_report
+
+        return read_report(self.path)
 
     def __repr__(self) -> str:
         first, last = self.summary.get("loss_first"), self.summary.get("loss_last")

@@ -26,6 +26,7 @@ from .engine import Engine, StepResult
 from .events import Failure, Finished, MemoryHeld, Rows, Sink, Started
 from .filling import Filler, make_filler
 from .run_folder import weights_target
+from .typical_step import TypicalStep
 
 __all__ = ["Place", "metrics_row", "shares", "train_on_ray", "train_rank"]
 
@@ -56,7 +57,7 @@ def train_rank(job: Job, place: Place, sink: Sink, run_path: str) -> None:
             for callback in job.callbacks:
                 callback.on_error(error)
         if progress.engine is not None and place.rank == 0 and progress.step:
-            sink.send(_finished(place, progress.engine))
+            sink.send(_finished(place, progress.engine, progress.typical))
         sink.send(Failure.of(error, place.rank, progress.step + 1 if progress.engine is not None else 0))
         raise
     finally:
@@ -70,6 +71,7 @@ class _Progress:
 
     engine: Engine | None = None
     step: int = 0  # finished steps
+    typical: TypicalStep = dataclasses.field(default_factory=TypicalStep)
 
 
 def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progress) -> None:
@@ -102,6 +104,8 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     for share in itertools.chain(first, parts):
         step = engine.step(share.samples)
         progress.step = step.step
+        if place.rank == 0:
+            progress.typical.note(step)
         peak_bytes = {tier: max(held, peak_bytes.get(tier, 0)) for tier, held in step.peak_bytes.items()}
         sink.send(MemoryHeld(place.rank, step.step, peak_bytes))
         if place.rank == 0:
@@ -113,12 +117,15 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         callback.on_end(engine, step)
     with weights_target(run_path) if place.rank == 0 else nullcontext(run_path) as target:
         engine.export(target)
-    sink.send(_finished(place, engine))
+    sink.send(_finished(place, engine, progress.typical))
     sink.flush()
 
 
-def _finished(place: Place, engine: Engine) -> Finished:
-    trace = engine.timeline.to_chrome() if place.rank == 0 else None
+def _finished(place: Place, engine: Engine, typical: TypicalStep) -> Finished:
+    trace = None
+    if place.rank == 0 and typical.step is not None:
+        notes = {"step": typical.step.step, "step_s": typical.step.step_s, "units": list(engine.unit_names)}
+        trace = typical.step.timeline.to_chrome() | {"otherData": notes}
     return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 

@@ -7,12 +7,14 @@ Owns the record and its JSON, so that a run can be held against it later. Does n
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..memory.timeline import Span, Timeline
-from .ledger import Ledger
-from .program import Program, StepShape
-from .simulate import Simulated
+
+if TYPE_CHECKING:  # whoever reads a prediction needs no torch for it
+    from .ledger import Ledger
+    from .program import Program, StepShape
+    from .simulate import Simulated
 
 __all__ = ["Fate", "Prediction", "TierPrediction", "spans_by_position"]
 
@@ -89,10 +91,10 @@ class Prediction:
     @classmethod
     def of(
         cls,
-        program: Program,
-        shape: StepShape,
-        simulated: Simulated,
-        ledgers: Mapping[str, Ledger],
+        program: "Program",
+        shape: "StepShape",
+        simulated: "Simulated",
+        ledgers: "Mapping[str, Ledger]",
         budgets_bytes: Mapping[str, int],
         fates: Sequence[Fate] = (),
     ) -> "Prediction":
@@ -174,7 +176,7 @@ class Prediction:
             raise ValueError(f"this is no prediction: {type(error).__name__}: {error}") from error
 
 
-def spans_by_position(program: Program, timeline: Timeline) -> dict[int, Span]:
+def spans_by_position(program: "Program", timeline: Timeline) -> dict[int, Span]:
     """Position in the program -> its span: a lane does its instructions in their order.
 
     Raises:
@@ -190,7 +192,7 @@ def spans_by_position(program: Program, timeline: Timeline) -> dict[int, Span]:
     return found
 
 
-def _levels(ledger: Ledger, spans: Mapping[int, Span]) -> tuple[tuple[float, int], ...]:
+def _levels(ledger: "Ledger", spans: Mapping[int, Span]) -> tuple[tuple[float, int], ...]:
     """The ledger's bytes at the begin of their actions' spans; before the first one, as much as in it."""
     found = sorted((spans[position].start_s, size) for position, size in ledger.levels)
     levels = [(0.0, found[0][1] if found else ledger.peak_bytes)]

@@ -2,7 +2,9 @@
 
 import json
 
-from outgrow.memory.timeline import Span, Timeline, chrome_trace
+import pytest
+
+from outgrow.memory.timeline import Span, Timeline, chrome_trace, timelines_from
 
 SPANS = (
     Span("compute", "F0.0", 0.0, 0.5),
@@ -66,3 +68,14 @@ def test_a_saved_trace_is_json_of_the_same_events(tmp_path):
     timeline.save(tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text()) == timeline.to_chrome()
     assert timeline.to_chrome()["displayTimeUnit"] == "ms"
+
+
+def test_a_trace_gives_its_timelines_back():
+    text = json.dumps(chrome_trace([Timeline(SPANS, {"host": 10}), Timeline((), rank=1), Timeline(SPANS[:1], rank=3)]))
+    assert timelines_from(json.loads(text)) == [Timeline(SPANS), Timeline((), {}, 1), Timeline(SPANS[:1], {}, 3)]
+
+
+@pytest.mark.parametrize("trace", [{}, {"traceEvents": [{"ph": "X", "pid": 0, "tid": 4, "ts": 1, "dur": 1}]}, [1]])
+def test_other_traces_are_refused(trace):
+    with pytest.raises(ValueError, match="this is no trace of a step"):
+        timelines_from(trace)

@@ -67,7 +67,7 @@ def test_train_arguments():
 
 
 def test_result_and_callback():
-    assert public(outgrow.Result) == ["metrics", "path", "plan", "state_dict", "summary"]
+    assert public(outgrow.Result) == ["metrics", "path", "plan", "report", "state_dict", "summary"]
     assert public(outgrow.Callback) == ["on_end", "on_error", "on_start", "on_step"]
 
 
@@ -80,12 +80,13 @@ def test_commands_and_options():
         "demo": ["--steps", "--workers"],
         "doctor": ["--folder"],
         "perf": [],
+        "report": ["--html", "run"],
         "schedule": [],
         "train": ["--disk", "--memory", "--name", "--workers", "target"],
     }
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["doctor"], ["report"]])
 def test_help_answers_without_torch_or_ray(command):
     code = (
         "import sys; from outgrow.runtime.cli import app\n"
