@@ -103,7 +103,7 @@ def memory(report: Report) -> str:
                 axes.axhline(peaks[tier] / _GIB, color=_MEASURED, linewidth=1.5, label="most measured in the run")
             budget = budgets.get(tier)
             title = tier
-            if budget is not None and budget <= 2.5 * top:
+            if budget is not None and budget <= 4 * top:
                 top = max(top, budget)
                 axes.axhline(budget / _GIB, color=_LIMIT, linewidth=1.5, linestyle="--", label="budget")
             elif budget is not None:
