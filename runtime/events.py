@@ -1,4 +1,4 @@
-"""What a rank tells the run: started, rows of metrics, memory held, finished, failed.
+"""What a rank tells the run: started, rows of metrics, memory held, drifted, finished, failed.
 
 Owns the records and the `Sink` protocol through which a rank sends them. In this process the sink is the recorder
 itself; on Ray it is `monitor.MonitorSink`. All records survive pickling, whatever the user's exception is made of.
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..memory.errors import OutgrowError
+from ..scheduler.drift import Drift, Overrun
 
-__all__ = ["Event", "Failure", "Finished", "MemoryHeld", "Rows", "Sink", "Started"]
+__all__ = ["Drifted", "Event", "Failure", "Finished", "MemoryHeld", "Rows", "Sink", "Started"]
 
 # What torch.distributed and sockets say when a peer is gone: never the cause, always an echo of it.
 _ECHOES = (
@@ -59,6 +60,14 @@ class MemoryHeld:
     rank: int
     step: int
     peak_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """A rank does not go as it was predicted to, and that lasts."""
+
+    rank: int
+    finding: Drift | Overrun
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ class Failure:
         return f"rank {self.rank}, {f'step {self.step}' if self.step else 'before step 1'}{unit}"
 
 
-Event = Started | Rows | MemoryHeld | Finished | Failure
+Event = Started | Rows | MemoryHeld | Drifted | Finished | Failure
 
 
 class Sink(Protocol):

@@ -23,6 +23,7 @@ from ..parallel.mesh import open_mesh
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
 from ..scheduler.ledger import Ledger
 from ..scheduler.plan import Activations, Home, Plan, plan_for_zero
+from ..scheduler.prediction import Prediction
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace, trace_model
 from .batch import Forward, Loss, split_batch
@@ -165,6 +166,7 @@ class PreparedEngine(ABC):
         self.timeline = Timeline(())
         self.predicted: Ledger | None = None
         self.predicted_device: Ledger | None = None
+        self.prediction: Prediction | None = None
         cast_buffers(model, precision)
         self._pipeline = self._open_pipeline(words, transport)
         if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:

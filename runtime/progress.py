@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ..memory.budget import format_bytes
-from .events import Event, Failure, MemoryHeld, Rows, Started
+from .events import Drifted, Event, Failure, MemoryHeld, Rows, Started
 
 __all__ = ["LiveDisplay"]
 
@@ -47,6 +47,7 @@ class LiveDisplay:
         self._said: dict[str, Any] | None = None
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._num_steps: int | None = None
+        self._drifted: set[str] = set()
         self._began_s = self._said_s = time.monotonic()
         self._live: Live | None = None
         if self._console.is_terminal:
@@ -68,6 +69,10 @@ class LiveDisplay:
                 self._bar.update(self._task, completed=self._row["step"])
             case MemoryHeld(rank=rank, peak_bytes=peak_bytes):
                 self._held[rank] = peak_bytes
+            case Drifted(rank=rank, finding=finding):
+                if finding.place not in self._drifted:
+                    self._drifted.add(finding.place)  # other ranks say the same of it
+                    self._console.print(f"outgrow: rank {rank}: {finding.words}", highlight=False, soft_wrap=True)
             case Failure(kind=kind, place=place):
                 self._bar.update(self._task, description=f"{kind} ({place})")
         if self._live is not None:

@@ -5,20 +5,24 @@ it is the ranks' sink itself, on Ray it is fed by the driver's poll.
 """
 
 import json
+import logging
 import platform
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from .config import RuntimeConfig, TrainConfig
-from .events import Event, Failure, Finished, MemoryHeld, Rows, Started
+from .events import Drifted, Event, Failure, Finished, MemoryHeld, Rows, Started
 from .result import Metrics
 from .run_folder import RunFolder
 
 __all__ = ["Display", "Recorder", "versions"]
+
+_log = logging.getLogger(__name__)
 
 
 class Display(Protocol):
@@ -40,6 +44,7 @@ class Recorder:
         self._started_s = time.time()
         self.metrics = Metrics()
         self.failures: list[Failure] = []
+        self.drifts: list[dict[str, Any]] = []
         self.plan: Any = None
         self.peak_bytes: dict[int, dict[str, int]] = {}
         self.state_bytes: dict[int, dict[str, int]] = {}
@@ -64,6 +69,11 @@ class Recorder:
                 self.state_bytes[rank] = dict(state_bytes)
                 if trace is not None:
                     self._folder.write_json("timeline.json", dict(trace))
+            case Drifted(rank=rank, finding=finding):
+                fields = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(finding).items()}
+                self.drifts.append({"rank": rank, "words": finding.words, **fields})
+                if self._display is None:
+                    _log.warning("rank %d: %s", rank, finding.words)
             case Failure():
                 self.failures.append(event)
         if self._display is not None:
@@ -95,6 +105,7 @@ class Recorder:
             "state_bytes": {str(rank): slots for rank, slots in sorted(self.state_bytes.items())},
             "base_bytes": {str(rank): held for rank, held in sorted(self.base_bytes.items())},
             "budget_bytes": {str(rank): tiers for rank, tiers in sorted(self.budget_bytes.items())},
+            "drifts": self.drifts,
             "workers": self._runtime.workers,
             "arguments": self._config.to_json(),
             "started": datetime.fromtimestamp(self._started_s, UTC).isoformat(timespec="seconds"),

@@ -72,10 +72,23 @@ class Report:
         return found
 
     @property
+    def drifts(self) -> list[str]:
+        """What was said of the run while it ran, in sentences; with the rank where there are several."""
+        several = self.summary.get("workers", 1) > 1
+        return [
+            f"Rank {drift['rank']}: {drift['words']}."
+            if several
+            else f"{drift['words'][:1].upper()}{drift['words'][1:]}."
+            for drift in self.summary.get("drifts", ())
+        ]
+
+    @property
     def missing(self) -> str | None:
         """What there is no word of, and why; None where nothing is missing."""
         if self.prediction is None:
-            return "Nothing was predicted for this run, so what follows is measured alone."
+            reason = self.summary.get("not_predicted_because")
+            because = f" ({reason})" if reason else ""
+            return f"Nothing was predicted for this run{because}, so what follows is measured alone."
         if self.measured is None:
             return "No step of this run was measured, so what follows is predicted alone."
         return None

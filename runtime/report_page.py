@@ -33,7 +33,7 @@ th, td { padding: 0.15rem 0.8rem; border-bottom: 1px solid #eee; text-align: rig
 def page(report: Report) -> str:
     """The whole file's text."""
     lines = headline(report)
-    notes = {drift["words"] for drift in report.summary.get("drifts", ())} | {report.missing}
+    notes = {*report.drifts, report.missing}
     said = "".join(
         f'<p class="note">{escape(line)}</p>' if line in notes else f"<p>{escape(line)}</p>" for line in lines
     )

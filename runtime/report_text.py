@@ -65,8 +65,7 @@ def headline(report: Report) -> list[str]:
         lines.append(f"{which} took {unit.text(step.measured_s)} {unit.name}{around}{than}.")
     if report.missing is not None:
         lines.append(report.missing)
-    lines += [drift["words"] for drift in report.summary.get("drifts", ())]
-    return lines
+    return [*lines, *report.drifts]
 
 
 def difference(pair: Pair) -> str:

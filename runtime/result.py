@@ -21,8 +21,8 @@ __all__ = ["Metrics", "Result"]
 
 
 class Metrics(list[dict[str, Any]]):
-    """One dict a step: step, epoch, loss, tokens_per_s, grad_norm, lr, num_samples, num_tokens, step_s, and
-    `peak_<tier>_bytes` of rank 0 for each tier."""
+    """One dict a step: step, epoch, loss, tokens_per_s, grad_norm, lr, num_samples, num_tokens, step_s; and of
+    rank 0 `peak_<tier>_bytes` for each tier and `busy_<lane>_s` for each lane."""
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The same rows as a data frame, indexed by step."""

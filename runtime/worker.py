@@ -19,11 +19,12 @@ from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory, format_bytes
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
+from ..scheduler.drift import DriftWatch, busy_seconds
 from .building import Built, build_model, fits_beside, meta_buffers, with_placeholders
 from .config import Job, TrainConfig
 from .data import DataError, Share, Source, open_data
 from .engine import Engine, StepResult
-from .events import Failure, Finished, MemoryHeld, Rows, Sink, Started
+from .events import Drifted, Failure, Finished, MemoryHeld, Rows, Sink, Started
 from .filling import Filler, make_filler
 from .run_folder import weights_target
 from .typical_step import TypicalStep
@@ -101,6 +102,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         callback.on_start(engine)
     peak_bytes: dict[str, int] = {}
     step: StepResult | None = None
+    watch = DriftWatch(engine.prediction)
     for share in itertools.chain(first, parts):
         step = engine.step(share.samples)
         progress.step = step.step
@@ -110,6 +112,8 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         sink.send(MemoryHeld(place.rank, step.step, peak_bytes))
         if place.rank == 0:
             sink.send(Rows((metrics_row(step, share),)))
+        for finding in watch.note(step.step, step.timeline, step.peak_bytes):
+            sink.send(Drifted(place.rank, finding))
         for callback in callbacks:
             callback.on_step(engine, step)
     assert step is not None, "shares() yields at least one share or raises"
@@ -246,7 +250,8 @@ def num_steps(source: Source, config: TrainConfig) -> int | None:
 
 
 def metrics_row(step: StepResult, share: Share) -> dict[str, Any]:
-    """One row of the metrics: seconds, tokens and samples are of the global step, peak bytes of rank 0."""
+    """One row of the metrics: seconds, tokens and samples are of the global step, peak bytes and the seconds in which
+    each lane was busy of rank 0."""
     return {
         "step": step.step,
         "epoch": share.epoch,
@@ -257,7 +262,9 @@ def metrics_row(step: StepResult, share: Share) -> dict[str, Any]:
         "num_samples": step.num_samples,
         "num_tokens": step.num_tokens,
         "step_s": step.step_s,
-    } | {f"peak_{tier}_bytes": held for tier, held in step.peak_bytes.items()}
+        **{f"peak_{tier}_bytes": held for tier, held in step.peak_bytes.items()},
+        **{f"busy_{lane}_s": seconds for lane, seconds in busy_seconds(step.timeline).items()},
+    }
 
 
 def train_on_ray(config: Mapping[str, Any]) -> None:

@@ -10,9 +10,11 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from outgrow import Callback, Memory, Runtime
 from outgrow.memory.errors import DoesNotFit, NotFinite
+from outgrow.memory.timeline import Span, Timeline
 from outgrow.runtime.data import DataError
 from outgrow.runtime.result import Metrics, Result
 from outgrow.scheduler.plan import Plan
+from outgrow.scheduler.prediction import Prediction, TierPrediction
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -101,6 +103,7 @@ def test_trains_like_a_plain_loop_and_leaves_a_whole_run_folder(tmp_path):
     assert set(row) == {
         *("step", "epoch", "loss", "tokens_per_s", "grad_norm", "lr", "num_samples", "num_tokens", "step_s"),
         "peak_host_bytes",
+        "busy_compute_s",
     }
     frame = result.metrics.to_pandas()
     assert list(frame.index) == [1, 2, 3, 4, 5]
@@ -302,3 +305,27 @@ def test_result_expands_aliases_and_says_where_it_is(tmp_path):
     assert result.state_dict()["b"].tolist() == [1, 1]
     assert "loss 2.0 -> 1.0" in repr(result)
     assert len(Metrics().to_pandas()) == 0
+
+
+def test_a_run_that_does_not_go_as_predicted_says_so_while_it_runs_and_in_its_report(tmp_path, caplog):
+    tiers = (TierPrediction("host", 1000, None, ((0.0, 1000),)),)
+    prediction = Prediction(Timeline((Span("compute", "F0.0", 0.0, 1e-7),)), {}, tiers, ("0",))
+
+    class Predicted(Callback):
+        said = ()
+
+        def on_start(self, engine):
+            engine.prediction = prediction
+
+        def on_step(self, engine, step):
+            Predicted.said = (*Predicted.said, len(caplog.records))
+
+    result = runtime(tmp_path, name="one").train(
+        layers(), regression(), nn.functional.mse_loss, SGD, batch_size=12, steps=12, callbacks=[Predicted()]
+    )
+    overrun, drift = result.summary["drifts"]
+    assert (overrun["step"], overrun["tier"], overrun["predicted_bytes"]) == (1, "host", 1000)
+    assert (drift["step"], drift["since_step"], drift["lane"]) == (9, 2, "compute")
+    assert Predicted.said == (1,) * 8 + (2,) * 4, "once each, in the step that makes it sure"
+    assert "since step 2 computation takes" in caplog.text
+    assert result.report().drifts[1].startswith("Since step 2 computation takes")

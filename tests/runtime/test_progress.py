@@ -2,8 +2,9 @@ import io
 
 from rich.console import Console
 
-from outgrow.runtime.events import Failure, MemoryHeld, Rows, Started
+from outgrow.runtime.events import Drifted, Failure, MemoryHeld, Rows, Started
 from outgrow.runtime.progress import LiveDisplay
+from outgrow.scheduler.drift import Drift
 
 ROW = {"step": 3, "loss": 1.25, "tokens_per_s": 12345.6, "lr": 1e-3, "grad_norm": 0.5, "step_s": 2.0}
 EVENTS = (
@@ -50,3 +51,11 @@ def test_a_run_of_unknown_length_and_a_failure():
 def test_a_run_that_fails_before_its_first_step():
     assert "waiting for the first step" in shown((), terminal=True)
     assert shown((), terminal=False) == "outgrow: starting\n"
+
+
+def test_a_lane_that_drifts_is_shown_once_whichever_rank_says_so():
+    for terminal in (True, False):
+        drifts = [Drifted(rank, Drift(30, 21, "read", 0.5, 1.05)) for rank in (1, 0, 2)]
+        text = shown((*EVENTS, *drifts), terminal)
+        assert text.count("since step 21 disk reads take 2.1 times what was predicted") == 1
+        assert "outgrow: rank 1: since" in text

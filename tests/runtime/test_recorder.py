@@ -3,9 +3,10 @@ import json
 import pytest
 
 from outgrow.runtime.config import RuntimeConfig, TrainConfig
-from outgrow.runtime.events import Finished, MemoryHeld, Rows, Started
+from outgrow.runtime.events import Drifted, Finished, MemoryHeld, Rows, Started
 from outgrow.runtime.recorder import Recorder
 from outgrow.runtime.run_folder import RunFolder
+from outgrow.scheduler.drift import Drift, Overrun
 from outgrow.scheduler.plan import Plan
 
 PLAN = Plan(2, 3, 1, "float32", False, 1, ())
@@ -47,3 +48,17 @@ def test_events_become_files_and_a_summary(tmp_path, recorder):
 def test_a_run_that_fails_before_its_first_step_has_a_result_too(recorder):
     summary = recorder.finish("failed", "KeyError: boom")
     assert (summary["status"], summary["error"], summary["loss_last"]) == ("failed", "KeyError: boom", None)
+
+
+def test_drifts_are_in_the_summary_and_in_the_log_where_nothing_shows_them(tmp_path, recorder, caplog):
+    recorder.send(Drifted(1, Drift(30, 21, "read", 0.5, 1.05, ("write",))))
+    recorder.send(Drifted(0, Overrun(31, "host", 100, 200)))
+    drift, overrun = recorder.finish("finished")["drifts"]
+    assert (drift["rank"], drift["lane"], drift["since_step"], drift["others"]) == (1, "read", 21, ["write"])
+    assert drift["words"].startswith("since step 21 disk reads take 2.1 times")
+    assert (overrun["rank"], overrun["tier"], overrun["measured_bytes"]) == (0, "host", 200)
+    assert [record.getMessage()[:28] for record in caplog.records] == [
+        "rank 1: since step 21 disk r",
+        "rank 0: in step 31 the host ",
+    ]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["drifts"][0]["words"] == drift["words"]

@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    write_run(tmp_path / "run", drifts=[{"words": "disk reads take 1.8 times what was predicted"}])
+    write_run(tmp_path / "run", drifts=[{"rank": 0, "words": "since step 2 disk reads take longer"}])
     return tmp_path / "run"
 
 
@@ -90,7 +90,7 @@ def test_the_text_says_predicted_and_measured_of_lanes_units_and_memory(run: Pat
     assert "h.<3> 40.0 42.0 1.05 90.0 90.0 1.00" in lines
     assert any(line.startswith("host ") and line.endswith("B1.0") for line in lines)
     assert any(line.startswith(f"disk reads {ms} +") for line in lines), "among the largest differences"
-    assert "disk reads take 1.8 times what was predicted" in lines
+    assert "Since step 2 disk reads take longer." in lines
     assert any(
         re.fullmatch(r"Step 17, a typical one, took .* ms \(.*\): \d+% more than predicted\.", each) for each in lines
     )
@@ -150,6 +150,16 @@ def test_a_run_without_prediction_says_so_and_shows_what_was_measured(tmp_path: 
     assert "Plans" not in page.of("h2")
     assert "h.<3> 42.0 90.0" in " ".join(str(report).split())
     assert {"most measured in the run", "budget"} & set(page.words_in("memory"))
+
+
+def test_what_drifted_is_said_with_its_rank_where_there_are_several(run: Path, tmp_path: Path) -> None:
+    assert "Since step 2 disk reads take longer." in Page(read_report(run).html()).of("p")
+    drifts = [{"rank": rank, "words": "since step 2 disk reads take longer"} for rank in (0, 1)]
+    write_run(tmp_path / "two", workers=2, drifts=drifts, predicted=False, not_predicted_because="a pipeline")
+    report = read_report(tmp_path / "two")
+    assert report.drifts == [f"Rank {rank}: since step 2 disk reads take longer." for rank in (0, 1)]
+    assert report.missing is not None
+    assert report.missing.startswith("Nothing was predicted for this run (a pipeline), so")
 
 
 def test_a_run_that_failed_before_its_first_step_shows_what_was_predicted(tmp_path: Path) -> None:
