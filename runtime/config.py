@@ -178,7 +178,7 @@ class TrainConfig:
             from .pipeline_words import PipelineWords
 
             words = PipelineWords(self.pipeline, self.schedule, self.chunks, self.stages)
-            words.check(self.offload, self.activations, self.order)
+            words.check(self.activations, self.order)
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])
 

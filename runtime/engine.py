@@ -126,6 +126,7 @@ class Engine(PreparedEngine):
             time.perf_counter() - started,
             {"host": peak_host_bytes(self.state.shared_bytes)},
             Timeline(self.timeline.spans, self.timeline.peak_bytes, self.rank),
+            self._pipeline.passes.peak_bytes if self._pipeline is not None else None,
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -202,16 +203,18 @@ class Engine(PreparedEngine):
         count = sum(part is not None for part in micro)
         if self.transport is not None:
             count = int(self.transport.gather_rows([float(count)]).max())
+        if self.plan.uses_disk:  # its buffers are those of one program: micro-batches without samples are passed over
+            count = self.plan.micro_batches
         self._parts = pipeline.micro_batches(micro[:count], samples)
         self._program = pipeline.program(count)
         self._attempt += 1
-        pipeline.begin(self._attempt)
+        pipeline.begin(self._attempt, self._step, self._parts, self.state)
 
     def _run_pipeline(self, pipeline: "Pipeline") -> None:
         for number, part in enumerate(self._parts):
             if part.part is None:
                 self._executor.skip_micro_batch(number)
-        pipeline.run(self._step, self._parts, self.state)
+        pipeline.run(self._parts, self.state)
 
     def _leave_turn(self, micro_batch: int) -> None:
         self.state.stash_gradients(self._held, micro_batch)

@@ -35,6 +35,7 @@ class MovingActivations:
         tier: with an extent for each of those that go to disk; None where none does.
         on_disk: unit runs whose activations go to disk.
         tiers: host and device, where they are not the same memory.
+        shown: is given every tensor that is saved and has no home of its own.
     """
 
     def __init__(
@@ -44,13 +45,22 @@ class MovingActivations:
         tier: DiskTier | None,
         on_disk: Set[int],
         tiers: Tiers | None = None,
+        shown: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
         self._tier = tier
         self._tiers = tiers
         self._on_disk = on_disk
         self._moves = dict(moves)
         device = "cpu" if tiers is None else tiers.device.device
-        self._store = ActivationStore(device, elsewhere=places(state))
+        place_of = places(state)
+
+        def elsewhere(tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+            found = place_of(tensor)
+            if found is None and shown is not None:
+                shown(tensor)
+            return found
+
+        self._store = ActivationStore(device, elsewhere=elsewhere)
         self._away: set[tuple[int, int]] = set()
         self._too_large: set[int] = set()  # unit runs that were warned of
 
@@ -121,6 +131,10 @@ class MovingActivations:
 
     def _copying(self) -> AbstractContextManager[None]:
         return nullcontext() if self._tiers is None else self._tiers.device.copying()
+
+    def loaded_bytes(self) -> int:
+        """That lie in buffers for backward passes."""
+        return self._store.statistics().here_bytes
 
     def release(self, run: int, micro_batch: int) -> None:
         if self._store.holds(run, micro_batch):

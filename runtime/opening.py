@@ -75,15 +75,16 @@ def open_state(
     fill: Fill | None,
     make: Callable[..., ModelState] = ModelState,
     tiers: Tiers | None = None,
+    rank: int = 0,
 ) -> tuple[ModelState, DiskTier | None]:
     """Put the model's state where the plan has its home. What was opened is closed where that fails.
 
     Args:
+        rank: among all ranks, for the names of files.
         make: the state, given as `ModelState` is.
     """
     optims = optim_layouts(layouts, plan, optimizer.slots, original_dtypes)
     extents = state_extents(layouts, plan, optims)
-    rank = 0 if transport is None else transport.rank
     if tiers is not None:
         _move_buffers(model, tiers.device.device)
     tier = open_tier(memory, run_name, rank, extents, tiers) if extents else None
@@ -115,9 +116,17 @@ def recompute_units(units: Sequence[Unit], plan: Plan) -> list[Recomputed]:
 
 
 def open_moves(
-    program: Program, state: ModelState, tier: DiskTier | None, tiers: Tiers | None = None
+    program: Program,
+    state: ModelState,
+    tier: DiskTier | None,
+    tiers: Tiers | None = None,
+    shown: Callable[[torch.Tensor], object] | None = None,
 ) -> MovingActivations:
-    """Make room for the activations that the program moves, those on the lane `write` on disk."""
+    """Make room for the activations that the program moves, those on the lane `write` on disk.
+
+    Args:
+        shown: as in `MovingActivations`.
+    """
     on_disk = {i.action.index for i in program.instructions if i.action.kind is Kind.SAVE and i.lane is Lane.WRITE}
     moves = {
         (action.index, action.micro_batch): str(action).split()[1]
@@ -127,4 +136,4 @@ def open_moves(
     sizes = {buffer.name: buffer.num_bytes for buffer in program.buffers}
     if tier is not None:
         tier.add_activations({name: sizes[name] for (run, _), name in moves.items() if run in on_disk})
-    return MovingActivations(state, moves, tier, {run for run, _ in moves} & on_disk, tiers)
+    return MovingActivations(state, moves, tier, {run for run, _ in moves} & on_disk, tiers, shown)

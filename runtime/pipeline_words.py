@@ -27,13 +27,7 @@ class PipelineWords:
     chunks: int | None = None
     stages: Sequence[str] | None = None
 
-    def check(
-        self,
-        offload: str | None = None,
-        activations: str | Sequence[str] | None = None,
-        order: str | None = None,
-        update: str | None = None,
-    ) -> None:
+    def check(self, activations: str | Sequence[str] | None = None, order: str | None = None) -> None:
         """Raise ValueError where the words cannot be, whatever the model.
 
         Args: those of the engine that do not go with every pipeline.
@@ -57,14 +51,10 @@ class PipelineWords:
             )
         if self.num_ranks > 1:
             words = (activations,) if isinstance(activations, str) else tuple(activations or ())
-            if offload not in (None, "none") or any(word.startswith("offload") for word in words):
+            if "offload:host" in words:
                 raise ValueError(
-                    "offload= and activations='offload:...' are not for pipelines yet: a stage keeps its state and "
-                    "activations in memory; take more pipeline ranks, activations='recompute', or no pipeline"
+                    "activations='offload:host' has no effect in a pipeline: its stages compute in host memory; take "
+                    "'offload:disk' with Memory(disk='/a/folder'), or 'recompute'"
                 )
             if order is not None:
                 raise ValueError(f"order={order!r}: in a pipeline the schedule says in which order micro-batches go")
-            if update == "backward":
-                raise ValueError(
-                    "update='backward' is not for pipelines: their steps end with the norm of all gradients"
-                )

@@ -14,23 +14,26 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..memory.chunk import ChunkLayout
-from ..parallel.actions import Action
+from ..parallel.actions import Action, Kind
 from ..parallel.mail import Mail, SharedMail
 from ..parallel.mesh import Mesh
 from ..parallel.message_mail import MessageMail
 from ..parallel.stage_chunks import holders_of, stage_chunks
 from ..parallel.units import Unit
 from ..scheduler.dataflow import Flow, check_borders, trace_flow
+from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.pipeline_check import validate
 from ..scheduler.pipeline_data import Schedule
 from ..scheduler.pipeline_program import Stages, compile_stages
-from ..scheduler.plan import PipelinePlan, Plan
+from ..scheduler.plan import Activations, PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
 from ..scheduler.rank_check import check_ranks
 from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
+from ..scheduler.verify import verify
 from .batch import num_samples
+from .chunk_state import OptimLayout
 from .executor import Executor
 from .model_state import ModelState
 from .passage import Passage
@@ -145,6 +148,10 @@ class Pipeline:
             return False
         return True
 
+    def copies(self, plan: PipelinePlan) -> bool:
+        """Whether its schedule copies activations away."""
+        return any(a.kind is Kind.SAVE for order in schedule_of(plan, 2 * plan.num_ranks).orders for a in order)
+
     def layouts(
         self, trace: Trace, plan: PipelinePlan, part: Any, dtypes: Mapping[str, torch.dtype]
     ) -> tuple[tuple[ChunkLayout, ...], StageParts]:
@@ -195,13 +202,19 @@ class Pipeline:
         hooks: UnitHooks,
         executor: Executor,
         part: Any,
+        optims: Sequence[OptimLayout | None],
     ) -> StepShape:
-        """Make ready for steps."""
+        """Make ready for steps.
+
+        Args:
+            optims: as in `step_shape`.
+        """
         assert self.stages is not None
         assert plan.pipeline is not None
         has_backward = [call.has_backward for call in trace.calls]
-        shape = self._shape(trace, plan, layouts, part)
+        shape = self._shape(trace, plan, layouts, part, optims)
         self._compiled = (shape, plan, sorted(peers))
+        self._schedules = {}
         splits = any(a.kind.name == "W" for order in schedule_of(plan.pipeline, 2).orders for a in order)
         self._passes = StagePasses(
             self._passage, self._units, hooks, executor, self.stages, self.mail, splits, has_backward,
@@ -210,16 +223,33 @@ class Pipeline:
         self._passes.install()
         return shape
 
-    def _own_chunks(self, shape: StepShape) -> list[list[int]]:
-        """For each stage, the chunks that no other stage of this rank uses."""
+    def _own_chunks(self, shape: StepShape) -> list[dict[int, list[int]]]:
+        """For each stage, the chunks that no other stage of this rank uses, by the unit run that the backward pass
+        comes to first."""
         assert self.stages is not None
         used = [
             {chunk for run in self.stages.runs(stage) for chunk in shape.uses(run)}
             for stage in range(len(self.stages.starts))
         ]
-        return [sorted(own.difference(*(other for other in used if other is not own))) for own in used]
+        result: list[dict[int, list[int]]] = []
+        for stage, chunks in enumerate(used):
+            left = chunks.difference(*(other for other in used if other is not chunks))
+            first: dict[int, list[int]] = {}
+            for run in reversed(self.stages.runs(stage)):
+                if shape.units[run].has_backward:
+                    first[run] = sorted(left.intersection(shape.uses(run)))
+                    left = left.difference(first[run])
+            result.append(first)
+        return result
 
-    def _shape(self, trace: Trace, plan: Plan, layouts: Sequence[ChunkLayout], part: Any) -> StepShape:
+    def _shape(
+        self,
+        trace: Trace,
+        plan: Plan,
+        layouts: Sequence[ChunkLayout],
+        part: Any,
+        optims: Sequence[OptimLayout | None],
+    ) -> StepShape:
         assert self.stages is not None
         held = {item.name for layout in layouts for item in layout.fields}
         local = {run for stage in self.stages.on(self._mesh.pipeline_rank) for run in self.stages.runs(stage)}
@@ -228,10 +258,19 @@ class Pipeline:
             for run, call in enumerate(trace.calls)
         )
         own = replace(trace, calls=calls, between=trace.between & held)
-        shape = step_shape(own, self._units, layouts, plan, [None] * len(layouts))
+        profile = None
+        if plan.pipeline is not None and (plan.pipeline.copies_to_disk or Activations.OFFLOAD_DISK in plan.activations):
+            profile = self._profile(part)
+        tensors = [leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)]
+        shape = step_shape(own, self._units, layouts, plan, optims, profile, sum(leaf.nbytes for leaf in tensors))
         flow = self._flow(part)
         border = tuple(0 if not start else flow.outputs[start - 1].num_bytes for start in self.stages.starts)
         return replace(shape, starts=self.stages.starts, border_bytes=border)
+
+    def _profile(self, part: Any) -> MemoryProfile:
+        """What a micro-batch takes, measured without computing."""
+        passage = self._passage
+        return measure_memory(self._model, self._units, passage.forward, passage.call_loss, part, self._shapes)
 
     # ---- a step
 
@@ -252,6 +291,7 @@ class Pipeline:
                 other: compile_stages(shape, plan, schedule, self.stages, other, tied if other == rank else ())
                 for other in others
             }
+            verify(programs[rank], shape, replace(plan, micro_batches=micro_batches))
             check_ranks([programs[other] for other in others], [[other] for other in others])
             self._schedules[micro_batches] = schedule, programs[rank]
         return self._schedules[micro_batches]
@@ -265,14 +305,18 @@ class Pipeline:
             for part in micro
         ]
 
-    def begin(self, attempt: int) -> None:
-        """A step begins, before anything of it is sent."""
-        self.mail.begin(attempt)
+    def begin(self, attempt: int, step: int, micro: Sequence[MicroBatch], state: ModelState) -> None:
+        """A step begins, before anything of it is sent or received: lanes set off before the model does.
 
-    def run(self, step: int, micro: Sequence[MicroBatch], state: ModelState) -> None:
+        Args:
+            attempt: counts steps, those that failed too, alike on all ranks.
+        """
+        self.mail.begin(attempt)
+        self.passes.begin(step, micro, state)
+
+    def run(self, micro: Sequence[MicroBatch], state: ModelState) -> None:
         """All stage-level actions of this rank. `losses` has what came out."""
         assert self._passes is not None
-        self._passes.begin(step, micro, state)
         schedule, _ = self._scheduled(len(micro))
         for action in schedule.orders[self._mesh.pipeline_rank]:
             self._passes.run(action)

@@ -33,6 +33,7 @@ from .engine_checks import check_arguments, check_fit
 from .executor import Executor, Handler
 from .model_state import ModelState
 from .moving import MovingActivations
+from .offload import optim_layouts
 from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
@@ -86,7 +87,7 @@ class PreparedEngine(ABC):
     ) -> None:
         check_arguments(model, micro_batches, clip_grad_norm)
         words = PipelineWords(pipeline, schedule, chunks, stages)
-        words.check(offload, activations, order, update)
+        words.check(activations, order)
         self.model = model
         dtypes = compute_dtypes(model, precision)
         self._units = find_units(model, units)
@@ -241,6 +242,7 @@ class PreparedEngine(ABC):
             fill_with(self._filler, self.model, self._units),
             make,
             self._tiers,
+            self.rank,
         )
         if self._make_lr_scheduler is not None:
             self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
@@ -300,14 +302,25 @@ class PreparedEngine(ABC):
         dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
         self._layouts, parts = pipeline.layouts(self._trace, chosen, part, dtypes)
         decision = self.plan.chunks[0]
-        chunks = tuple(decision for _ in self._layouts)
+        tied = replace(decision, parameter_home=Home.HOST)  # their gradients are summed behind their last use
+        chunks = tuple(tied if layout.index in parts.peers else decision for layout in self._layouts)
+        chosen = replace(chosen, copies_to_disk=self.memory.disk is not None and pipeline.copies(chosen))
         self.plan = replace(self.plan, chunks=chunks, pipeline=chosen)
         check_fit(self.model, self._layouts, self.plan, self.memory)
         self._open_state(partial(StageState, parts))
         self._recomputed = recompute_units(self._units, self.plan)
-        shape = pipeline.open(self._trace, self.plan, self._layouts, parts.peers, self._hooks, self._executor, part)
+        optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
+        shape = pipeline.open(
+            self._trace, self.plan, self._layouts, parts.peers, self._hooks, self._executor, part, optims
+        )
         self._held = shape.held
         self._program = pipeline.program(self.plan.micro_batches)
+        self.state.keep_between_steps(self._program.kept)
+        if self._program.actions(Kind.SAVE):
+            self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {})
+            moving = open_moves(self._program, self.state, self._tier, shown=pipeline.passes.show)
+            self._moving = self._hooks.moving = pipeline.passes.moving = moving
+        lay_out(self._program, self._tier, None)
 
     @property
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,8 +1,8 @@
-"""Tensors that autograd saves, when they are views of a chunk that will be dropped.
+"""Tensors that autograd saves: views of a chunk that will be dropped, and, in a pipeline, a look at all the others.
 
 Owns the packing of such views as (chunk, offset, shape, stride): autograd then does not hold on to a dropped copy, and
 finds the weights in backward wherever the chunk lies then (`linear` saves a transposed view of its weight, so pointing
-`parameter.data` elsewhere is not enough).
+`parameter.data` elsewhere is not enough). Does not own moving saved tensors away (`memory/activations.py`).
 """
 
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ..memory.live_bytes import LiveBytes
 from .model_state import ModelState
 
-__all__ = ["places", "saved_by_place"]
+__all__ = ["places", "saved_by_place", "watched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,39 @@ def saved_by_place(state: ModelState) -> Any:
 
     def unpack(packed: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
         return packed if isinstance(packed, torch.Tensor) else packed()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class _Held:
+    """A saved tensor that stays where it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # Not the tensor itself: that may be the output of the node that saves it, and the two would keep each other.
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.version = tensor._version
+
+
+def watched(state: ModelState, live: LiveBytes) -> Any:
+    """A context in which `live` sees what is saved, and views of chunks that are dropped are saved by their place."""
+    place_of = places(state) if state.drops_copies else None
+
+    def pack(tensor: torch.Tensor) -> _Held | Callable[[], torch.Tensor]:
+        found = None if place_of is None else place_of(tensor)
+        if found is not None:
+            return found
+        live.show(tensor)
+        return _Held(tensor)
+
+    def unpack(packed: _Held | Callable[[], torch.Tensor]) -> torch.Tensor:
+        if not isinstance(packed, _Held):
+            return packed()
+        if packed.tensor._version != packed.version:  # as autograd checks what it saves without hooks
+            raise RuntimeError(
+                f"a tensor of {list(packed.tensor.shape)} that was saved for the backward pass has been modified by an "
+                f"inplace operation since: it is at version {packed.tensor._version}, expected version {packed.version}"
+            )
+        return packed.tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -29,23 +29,30 @@ class Deferred:
 
     Args:
         at_once: they are made as soon as the backward pass comes to them: an undivided backward pass.
+        shown: is given every tensor that is kept for them.
     """
 
-    def __init__(self, at_once: bool = False) -> None:
+    def __init__(self, at_once: bool = False, shown: Callable[[torch.Tensor], object] = lambda tensor: None) -> None:
         self._waiting: list[tuple[nn.Parameter, int | None, _Make, _Add | None]] = []
         self._at_once = at_once
+        self._shown = shown
         self.run_of: Callable[[], int | None] = lambda: None
         """The unit run whose backward goes on."""
 
-    def put(self, parameter: nn.Parameter, make: "_Make", add: "_Add | None") -> None:
+    def put(
+        self, parameter: nn.Parameter, make: "_Make", add: "_Add | None", kept: Sequence[torch.Tensor] = ()
+    ) -> None:
         """Args:
         make: gives the gradient.
         add: adds it to a gradient that is there already, in place, without making it first.
+        kept: what the two need.
         """
         if self._at_once:
             _accumulate(parameter, make, add)
         else:
             self._waiting.append((parameter, self.run_of(), make, add))
+            for tensor in kept:
+                self._shown(tensor)
 
     def finish(self, run: int | None = None) -> None:
         """Make and add those of a unit run, or all that are left."""
@@ -150,7 +157,9 @@ class _Linear(torch.autograd.Function):
         for_input = flat.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, x.shape[-1])
-            ctx.deferred.put(ctx.parameter, lambda: flat.t().mm(rows), lambda grad: grad.addmm_(flat.t(), rows))
+            ctx.deferred.put(
+                ctx.parameter, lambda: flat.t().mm(rows), lambda grad: grad.addmm_(flat.t(), rows), (flat, rows)
+            )
         for_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         return for_input, None, for_bias, None
 
@@ -177,7 +186,12 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             shape = ctx.shape
             like = torch.empty((), dtype=weight.dtype).expand(weight.shape)  # its values do not matter here
-            ctx.deferred.put(parameter, lambda: kernel(gradient, x, like, sizes, *shape, [False, True, False])[1], None)
+            ctx.deferred.put(
+                parameter,
+                lambda: kernel(gradient, x, like, sizes, *shape, [False, True, False])[1],
+                None,
+                (gradient, x),
+            )
         return for_input, None, for_bias, None, None, None, None, None
 
 
@@ -202,5 +216,6 @@ class _Embedding(torch.autograd.Function):
         def add(grad: torch.Tensor) -> torch.Tensor:
             return grad.index_add_(0, indices.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
 
-        ctx.deferred.put(ctx.parameter, make, add if padding < 0 and not by_frequency else None)
+        in_place = add if padding < 0 and not by_frequency else None
+        ctx.deferred.put(ctx.parameter, make, in_place, (gradient, indices))
         return None, None, None, None, None

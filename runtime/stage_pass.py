@@ -6,18 +6,17 @@ sent on. Does not own the order (programs, schedules), the transport (`parallel/
 (`unit_hooks.py`).
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ..memory.errors import OutgrowError
+from ..memory.live_bytes import LiveBytes
 from ..parallel.actions import Action, Kind
 from ..parallel.mail import Mail
 from ..parallel.units import Unit
@@ -25,9 +24,11 @@ from ..scheduler.dataflow import Flow, TensorSpec
 from ..scheduler.pipeline_program import Stages
 from .executor import Executor
 from .model_state import ModelState
+from .moving import MovingActivations
 from .passage import Passage
-from .saved_tensors import saved_by_place
+from .saved_tensors import watched
 from .split_backward import Deferred, SplitBackward, run_backward
+from .stage_ends import LeftOut, Receive
 from .unit_hooks import Pass, StageEnd, UnitHooks
 
 __all__ = ["MicroBatch", "StagePasses"]
@@ -67,7 +68,8 @@ class StagePasses:
     Args:
         split: whether the schedule has backward passes in two parts.
         has_backward: whether gradients flow into each unit run.
-        chunks: of each stage, those that no other stage of this rank uses.
+        chunks: of each stage, for its unit runs in the order of the backward pass, the chunks that a run is the first
+            to come to and that no other stage of this rank uses.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class StagePasses:
         mail: Mail,
         split: bool,
         has_backward: Sequence[bool],
-        chunks: Sequence[Sequence[int]],
+        chunks: Sequence[Mapping[int, Sequence[int]]],
     ) -> None:
         self._passage = passage
         self._units = units
@@ -92,31 +94,38 @@ class StagePasses:
         self._has_backward = has_backward
         self._chunks = chunks
         self._state: ModelState | None = None
+        self.moving: MovingActivations | None = None
         self._step = 0
         self._micro: Sequence[MicroBatch] = ()
         self._opened: dict[_At, _Opened] = {}
         self._arrived: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
         self._leaving: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
+        self._live = LiveBytes()
         self.losses: dict[int, float] = {}
         """Micro-batch -> its mean loss, where this rank has the last stage."""
+        self.levels: list[tuple[Action, int]] = []
+        """Each stage-level action of the step, and the bytes that were kept for backward passes behind it."""
 
     def install(self) -> None:
         """Let units of other stages be left out."""
         for unit in self._units:
             own = unit.module.__dict__
-            own["forward"] = _Forward(unit.module, unit.module.forward, self)
+            own["forward"] = LeftOut(unit.module, unit.module.forward, self._hooks, self._stand_in)
 
     def remove(self) -> None:
         """Put the units' forwards back."""
         for unit in self._units:
             own = unit.module.__dict__
-            if isinstance(own.get("forward"), _Forward):
+            if isinstance(own.get("forward"), LeftOut):
                 own["forward"].put_back()
 
     def begin(self, step: int, micro: Sequence[MicroBatch], state: ModelState) -> None:
         """A step begins."""
         self.forget()
         self._step, self._micro, self._state = step, micro, state
+        batches = [leaf for each in micro for leaf in tree_leaves(each.part) if isinstance(leaf, torch.Tensor)]
+        self._live.begin([*self._passage.model.buffers(), *batches])
+        self.levels = []
 
     def forget(self) -> None:
         """What a step that failed has left."""
@@ -144,6 +153,17 @@ class StagePasses:
                     return
         finally:
             self._hooks.end()
+        loaded_bytes = self.moving.loaded_bytes() if self.moving is not None else 0
+        self.levels.append((action, self._live.num_bytes() + loaded_bytes))
+
+    def show(self, tensor: torch.Tensor) -> None:
+        """Something keeps a tensor for a backward pass."""
+        self._live.show(tensor)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was kept for backward passes between two actions of the step that ran last."""
+        return max((num_bytes for _, num_bytes in self.levels), default=0)
 
     # ---- transfers: on the net lane
 
@@ -179,7 +199,7 @@ class StagePasses:
 
     def _forward(self, stage: int, number: int) -> None:
         micro, runs = self._micro[number], self._stages.runs(stage)
-        deferred = Deferred(at_once=not self._split)
+        deferred = Deferred(not self._split, self._live.show)
         self._executor.await_next()  # what was received, and chunks that code outside of units uses
         current = self._hooks.begin_forward(self._step, number, runs)
         opened = self._opened[stage, number] = _Opened(current, deferred)
@@ -214,6 +234,7 @@ class StagePasses:
         if kind is Kind.B:
             opened.deferred.finish()
             del self._opened[stage, number]
+            self._release(stage, number)
         else:
             opened.edges, opened.loss = [], None
             self._put_by(stage, number)
@@ -231,24 +252,34 @@ class StagePasses:
 
     def _weights(self, stage: int, number: int) -> None:
         opened = self._opened.pop((stage, number))
-        self._take_back(stage, number)
         for run in reversed(self._stages.runs(stage)):
             if self._has_backward[run]:
-                self._executor.advance_to(Action(Kind.W, run, number))
+                self._executor.advance_to(Action(Kind.W, run, number))  # the micro-batch before has been reduced
+                self._take_back(stage, run, number)
                 opened.deferred.finish(run)
+                if self.moving is not None:
+                    self.moving.release(run, number)
         opened.deferred.finish()
+        self._release(stage, number)
         self._executor.complete(self._actions(Kind.W, stage, number))
+
+    def _release(self, stage: int, number: int) -> None:
+        """The stage's pass is over: also activations that no gradient reached are forgotten."""
+        if self.moving is not None:
+            for run in self._stages.runs(stage):
+                self.moving.release(run, number)
 
     def _put_by(self, stage: int, number: int) -> None:
         """Where gradients are reduced after each micro-batch: those that are there already wait for the rest, apart
         from the next micro-batch's."""
         assert self._state is not None
-        self._state.stash_gradients(self._chunks[stage], self._key(stage, number))
+        for chunks in self._chunks[stage].values():
+            self._state.stash_gradients(chunks, self._key(stage, number))
 
-    def _take_back(self, stage: int, number: int) -> None:
+    def _take_back(self, stage: int, run: int, number: int) -> None:
+        """Not before the run's turn: a chunk that is not in memory yet has no place for a gradient."""
         assert self._state is not None
-        self._executor.await_next()  # the micro-batch before has been reduced
-        self._state.restore_gradients(self._chunks[stage], self._key(stage, number))
+        self._state.restore_gradients(self._chunks[stage].get(run, ()), self._key(stage, number))
 
     def _key(self, stage: int, number: int) -> int:
         return -1 - (number * len(self._stages.starts) + stage)  # no number of a micro-batch
@@ -279,7 +310,7 @@ class StagePasses:
         wanted = [place for place, spec in enumerate(output.specs) if spec.requires_grad]
         if wanted:
             anchor = torch.empty(0, requires_grad=True)
-            made = _Receive.apply(opened.received, wanted, anchor, *(present[place] for place in wanted))
+            made = Receive.apply(opened.received, wanted, anchor, *(present[place] for place in wanted))
             for place, tensor in zip(wanted, made, strict=True):
                 present[place] = tensor
         return output.built(present)
@@ -301,7 +332,7 @@ class StagePasses:
         else:
             self._leaving[Kind.SEND_F, stage, number] = values
 
-    def stand_in(self, current: Pass, run: int) -> Any:
+    def _stand_in(self, current: Pass, run: int) -> Any:
         """What a unit run that is left out returns."""
         if run == current.runs.start - 1:
             return self._inputs
@@ -313,55 +344,11 @@ class StagePasses:
     def _contexts(self, deferred: Deferred) -> ExitStack:
         stack = ExitStack()
         assert self._state is not None
-        if self._state.drops_copies:
-            stack.enter_context(saved_by_place(self._state))
+        stack.enter_context(watched(self._state, self._live))
         stack.enter_context(SplitBackward(deferred))
         return stack
 
     _inputs: Any = None
-
-
-class _Forward:
-    """Stands in the module's place for its `forward`."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], passes: StagePasses) -> None:
-        self._own: Mapping[str, Any] = dict(module.__dict__)
-        self._module = module
-        self._forward = forward
-        self._passes = passes
-        self.__signature__ = getattr(forward, "__signature__", None)
-        self.__wrapped__ = forward  # signatures are looked at
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._passes._hooks.run_in_forward()
-        if found is None or found[1] in found[0].runs:
-            return self._forward(*args, **kwargs)
-        return self._passes.stand_in(*found)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._forward, memo)  # copies of the model run all of it
-
-    def put_back(self) -> None:
-        del self._module.__dict__["forward"]
-        if "forward" in self._own:
-            self._module.__dict__["forward"] = self._own["forward"]
-
-
-class _Receive(torch.autograd.Function):
-    """Makes what was received part of the graph; its backward notes the gradients instead of passing them on."""
-
-    @staticmethod
-    def forward(ctx: Any, into: dict[int, torch.Tensor], places: list[int], anchor: Any, *tensors: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.into, ctx.places = into, places
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for place, gradient in zip(ctx.places, gradients, strict=True):
-            if gradient is not None:
-                ctx.into[place] = gradient
-        return None, None, None, *(None for _ in gradients)
 
 
 def _place(action: Action) -> _At:

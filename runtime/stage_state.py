@@ -16,6 +16,7 @@ from torch import nn
 from ..parallel.actions import Action
 from ..parallel.mail import Mail
 from ..scheduler.pipeline_program import TIED
+from ..scheduler.plan import UpdateTime
 from .chunk_state import ChunkState
 from .gradients import pack_gradients, refuse_sparse, take_gradients
 from .model_state import ModelState
@@ -75,8 +76,12 @@ class StageState(ModelState):
     def _squares(self, chunk: ChunkState) -> float:
         if self._transport is not None:
             return chunk.squares
-        found = [self._local_gradient(item.name) for item in chunk.layout.fields]
-        norms = [torch.linalg.vector_norm(gradient).double() for gradient in found if gradient is not None]
+        names = [item.name for item in chunk.layout.fields]
+        if self._plan.update is UpdateTime.BACKWARD:  # the gradients are gone, each one's norm was taken before
+            norms = [self._norms.pop(name).double() for name in names if name in self._norms]
+        else:
+            found = [self._local_gradient(name) for name in names]
+            norms = [torch.linalg.vector_norm(gradient).double() for gradient in found if gradient is not None]
         return float(torch.stack(norms).square().sum()) if norms else 0.0
 
     def _gradients(self) -> Iterator[torch.Tensor]:

@@ -23,6 +23,8 @@ class StepResult:
         step_s: seconds on this rank.
         peak_bytes: tier -> most bytes that this rank's process held.
         timeline: this rank's.
+        saved_bytes: in a pipeline, the most that this rank kept for backward passes between two actions of its
+            schedule, read off the storages; None where there is no pipeline.
     """
 
     step: int
@@ -34,6 +36,7 @@ class StepResult:
     step_s: float
     peak_bytes: dict[str, int]
     timeline: Timeline
+    saved_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ the loss above all, counts to the last unit run. Does not own what is made of th
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -43,15 +43,15 @@ def measure_units(
     """
     kinds: list[Any] = []
     makers: dict[Any, Callable[[], _Seconds]] = {}
+    known = {id(p): shapes[name] for name, p in model.named_parameters() if name in shapes}  # tied ones have one name
     with torch.random.fork_rng(devices=[]):
         for run, call in enumerate(trace.calls):
             unit = units[call.unit]
-            sizes = tuple(tuple(shapes[f"{unit.name}.{name}"][0]) if f"{unit.name}.{name}" in shapes else tuple(p.shape)
-                          for name, p in unit.module.named_parameters())  # fmt: skip
+            sizes = tuple(known.get(id(p), (p.shape, p.dtype)) for p in unit.module.parameters())
             given = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in flow.inputs[run].leaves)
             kinds.append((type(unit.module), sizes, given))
             if kinds[-1] not in makers:
-                makers[kinds[-1]] = partial(_run, _with_values(unit, shapes), flow.inputs[run], call.has_backward)
+                makers[kinds[-1]] = partial(_run, _with_values(unit, known), flow.inputs[run], call.has_backward)
         makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
         # In turns: what slows the machine for a moment then slows all kinds alike.
         rounds = [{kind: once() for kind, once in makers.items()} for _ in range(1 + _NUM_ROUNDS)][1:]
@@ -62,11 +62,11 @@ def measure_units(
     return [*found[:-1], with_loss]
 
 
-def _with_values(unit: Unit, shapes: Shapes) -> nn.Module:
+def _with_values(unit: Unit, known: Mapping[int, tuple[Sequence[int], torch.dtype]]) -> nn.Module:
     """A copy of the unit's module with parameters of its own."""
     memo: dict[int, Any] = {}
-    for own, parameter in unit.module.named_parameters():
-        shape, dtype = shapes.get(f"{unit.name}.{own}", (parameter.shape, parameter.dtype))
+    for parameter in unit.module.parameters():
+        shape, dtype = known.get(id(parameter), (parameter.shape, parameter.dtype))
         value = torch.randn(tuple(shape)).mul_(0.02).to(dtype)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     for buffer in unit.module.buffers():

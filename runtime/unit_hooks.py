@@ -259,7 +259,7 @@ class UnitHooks:
 
     def _leave_backward(self, current: Pass) -> None:
         """Before the program takes note of the end of a unit's backward: its loaded activations are forgotten."""
-        if current.backward is not None and self.moving is not None:
+        if current.backward is not None and self.moving is not None and current.backward_kind is not Kind.I:
             self.moving.release(current.backward, current.micro_batch)
         current.backward = None
 

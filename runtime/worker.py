@@ -263,6 +263,7 @@ def metrics_row(step: StepResult, share: Share) -> dict[str, Any]:
         "num_tokens": step.num_tokens,
         "step_s": step.step_s,
         **{f"peak_{tier}_bytes": held for tier, held in step.peak_bytes.items()},
+        **({} if step.saved_bytes is None else {"peak_saved_bytes": step.saved_bytes}),
         **{f"busy_{lane}_s": seconds for lane, seconds in busy_seconds(step.timeline).items()},
     }
 

@@ -8,15 +8,15 @@ lies; an update makes version 1; and when the step is over, everything is at hom
 next step carries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..parallel.actions import Action, Kind
 from .plan import Activations, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime
 from .program import StepShape
 
 __all__ = ["Holdings", "Refused", "is_gathered", "needs"]
-
-_SENDS = (Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B)
 
 
 class Refused(Exception):
@@ -46,16 +46,14 @@ class Holdings:
         carried: slots (`c3:optim`) whose last update the step before has left in memory, to be written in this one.
         leaves: those that this step leaves to the next one.
         kept: those of them that stay in their buffer when they are written: their first READ moves nothing.
-        is_whole: whether the program has all units of the model (else it is a pipeline rank's, and what comes from and
-            goes to others is not looked at here).
     """
 
+    one_by_one: ClassVar[bool] = True  # whether a micro-batch is over before the next one begins, if the plan says so
     shape: StepShape
     plan: Plan
     carried: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
-    is_whole: bool = True
     memory: dict[str, int | None] = field(default_factory=dict)  # slot -> version; None: it is not there
     disk: dict[str, int] = field(default_factory=dict)
     full: dict[int, int | None] = field(default_factory=dict)  # chunk -> version of its gathered copy
@@ -104,8 +102,6 @@ class Holdings:
 
     def apply(self, action: Action) -> None:
         """Do one action. Raises `Refused`."""
-        if action.kind in _SENDS and not self.is_whole:
-            return  # pairing is the ranks' business
         handler = self._handlers.get(action.kind)
         _refuse_unless(handler is not None, "no rank that computes all units knows this action")
         assert handler is not None
@@ -159,7 +155,7 @@ class Holdings:
         _refuse_unless(had == m, f"it comes after {had} micro-batches, in the order 0, 1, 2, ... it is number {m}")
         for kind, unit in before:
             _refuse_unless(self.done.get((kind, unit), 0) > m, f"it needs {Action(kind, unit, m)}, which comes later")
-        if self.is_whole and self.plan.order is MicroBatchOrder.SEQUENTIAL:
+        if self.one_by_one and self.plan.order is MicroBatchOrder.SEQUENTIAL:
             _refuse_unless(m >= self.micro_batch, f"micro-batches go one by one, and {self.micro_batch} has begun")
             self.micro_batch = m
         self.done[action.kind, u] = had + 1
@@ -189,18 +185,22 @@ class Holdings:
         _refuse_unless(self.shape.units[u].has_backward, "no gradient reaches this unit")
         other = Kind.I if action.kind is Kind.B else Kind.B
         _refuse_unless(not self.done.get((other, u)), f"this unit has {other} already")
+        self._count(action, *self._before_backward(u, m))
+        _refuse_unless((u, m) not in self.away, f"the activations of {Action(Kind.F, u, m)} are away")
+        if action.kind is Kind.B:
+            self.loaded.discard((u, m))
+            self._begin_gradients(u, m)
+
+    def _before_backward(self, u: int, _m: int) -> list[tuple[Kind, int]]:
         later = [v for v in range(u + 1, len(self.shape.units)) if self.shape.units[v].has_backward][:1]
         split = [Kind.I if self.done.get((Kind.I, v)) else Kind.B for v in later]
-        self._count(action, (Kind.F, len(self.shape.units) - 1), *zip(split, later, strict=True))
-        _refuse_unless((u, m) not in self.away, f"the activations of {Action(Kind.F, u, m)} are away")
-        self.loaded.discard((u, m))
-        if action.kind is Kind.B:
-            self._begin_gradients(u, m)
+        return [(Kind.F, len(self.shape.units) - 1), *zip(split, later, strict=True)]
 
     def _weight_gradient(self, action: Action) -> None:
         u = action.index
         assert u is not None
         _, m = self._count(action, (Kind.I, u))
+        self.loaded.discard((u, m))
         self._begin_gradients(u, m)
 
     def _recompute(self, action: Action) -> None:
@@ -219,10 +219,14 @@ class Holdings:
                     self.taken[chunk] == m, f"gradients of chunk {chunk} still are of the micro-batch before"
                 )
 
+    def _runs(self) -> Sequence[int]:
+        """Unit runs that this rank computes."""
+        return range(len(self.shape.units))
+
     def _all_computed(self) -> None:
-        for u, unit in enumerate(self.shape.units):
+        for u in self._runs():
             self._all(Kind.F, u)
-            if unit.has_backward:
+            if self.shape.units[u].has_backward:
                 self._all(Kind.I if self.done.get((Kind.I, u)) else Kind.B, u)
                 if self.done.get((Kind.I, u)):
                     self._all(Kind.W, u)
@@ -234,10 +238,10 @@ class Holdings:
 
     def _has_gradients(self, chunk: int, micro_batches: int) -> None:
         """Raise where gradients of `micro_batches` are not complete."""
-        for u, unit in enumerate(self.shape.units):
+        for u in self._runs():
             if chunk in self.shape.held:
                 self._all(Kind.F, u, micro_batches)
-            if unit.has_backward and chunk in needs(u, self.shape):
+            if self.shape.units[u].has_backward and chunk in needs(u, self.shape):
                 self._all(Kind.W if self.done.get((Kind.I, u)) else Kind.B, u, micro_batches)
 
     # ---- gradients and updates

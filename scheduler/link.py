@@ -89,6 +89,8 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
 def _follows_compute(action: Action, shape: StepShape, plan: Plan) -> bool:
     """Whether an action has to wait for the last unit that ran before it, though it takes nothing of it."""
     c = action.index
+    if action.kind is Kind.LOAD and shape.starts:  # else it came back as soon as it is away: the schedule says when
+        return True
     if action.kind is Kind.GATHER and c is not None:  # else its lane would run ahead, and all copies were there at once
         return plan.chunks[c].parameters_sharded
     if action.kind in (Kind.DOWN, Kind.REDUCE) and c is not None:  # code between units may give gradients to the end
@@ -125,9 +127,9 @@ def _loaded_name(action: Action) -> str:
 def _lifetimes(actions: Sequence[Action], shape: StepShape, plan: Plan) -> dict[str, list[Lifetime]]:
     """When the buffers of saved activations and of gradients on their way are taken.
 
-    Activations that go to disk take a buffer around SAVE until the next unit has run, and from LOAD to B; where the
-    device has memory of its own, that one around LOAD alone, and a buffer on the device from LOAD to B. Those that go
-    to the host stay in their buffer from SAVE to LOAD.
+    Activations that go to disk take a buffer around SAVE until the next unit has run, and from LOAD to B (or W, where
+    the backward pass is divided); where the device has memory of its own, that one around LOAD alone, and a buffer on
+    the device from LOAD to B. Those that go to the host stay in their buffer from SAVE to LOAD.
     """
     lifetimes: dict[str, list[Lifetime]] = {}
     place = {action: position for position, action in enumerate(actions)}
@@ -139,7 +141,8 @@ def _lifetimes(actions: Sequence[Action], shape: StepShape, plan: Plan) -> dict[
             later = (at for at in range(position + 1, len(actions)) if actions[at].kind.is_compute)
             lifetimes.setdefault(_saved_name(action), []).append((position, next(later, position)))
         elif action.kind is Kind.LOAD:
-            backward = place[Action(Kind.B, action.index, action.micro_batch)]
+            ends = [Action(kind, action.index, action.micro_batch) for kind in (Kind.B, Kind.W)]
+            backward = next(place[end] for end in ends if end in place)
             if plan.unified:
                 lifetimes.setdefault(_saved_name(action), []).append((position, backward))
                 continue
@@ -201,7 +204,7 @@ def _buffers_used(action: Action, shape: StepShape, plan: Plan, buffers: dict[st
         assert c is not None
         param = "param" if plan.unified else DEVICE_COPY
         names = [f"c{chunk}:{param}" for chunk in needed_chunks(shape, c) if not gathers(chunk, plan)]
-        names += [_saved_name(action), _loaded_name(action)] if action.kind is Kind.B else []
+        names += [_saved_name(action), _loaded_name(action)] if action.kind is not Kind.F else []
     elif action.kind in (Kind.SAVE, Kind.LOAD):
         names = [_saved_name(action), _loaded_name(action)]
     elif action.kind is Kind.GATHER:

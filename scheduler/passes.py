@@ -26,6 +26,8 @@ from .moves import MovedActions, add_moves, add_uploads, needed_chunks
 from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 
+_BACKWARD = (Kind.B, Kind.I, Kind.W)
+
 __all__ = [
     "add_downs",
     "add_gathers",
@@ -122,21 +124,30 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     Every ZeRO stage reduces after every micro-batch: the sums are then made in the same order, and all stages give the
     same bits.
     """
-    complete_after: dict[int | None, list[int]] = {}
+    complete_after: dict[int, list[int]] = {}  # position -> chunks
+    at_end = [c for c, use in enumerate(shape.chunks) if use.trainable and shape.last_backward_of(c) is None]
     for chunk, use in enumerate(shape.chunks):
-        if use.trainable:
-            complete_after.setdefault(shape.last_backward_of(chunk), []).append(chunk)
+        if use.trainable and chunk not in at_end:
+            for position in _complete_at(actions, shape, chunk).values():
+                complete_after.setdefault(position, []).append(chunk)
     last_of = {action.micro_batch: position for position, action in enumerate(actions) if action.kind.is_compute}
     result: list[Action] = []
     for position, action in enumerate(actions):
         result.append(action)
-        if action.kind is Kind.B or action.kind is Kind.W:
-            chunks = complete_after.get(action.index, [])
-            result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in chunks]
+        result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in complete_after.get(position, ())]
         if action.kind.is_compute and last_of[action.micro_batch] == position:
-            chunks = complete_after.get(None, [])
-            result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in chunks]
+            result += [Action(Kind.REDUCE, chunk, action.micro_batch) for chunk in at_end]
     return result
+
+
+def _complete_at(actions: Sequence[Action], shape: StepShape, chunk: int) -> dict[int | None, int]:
+    """Micro-batch -> the position at which its gradients of a chunk are complete. In a pipeline, stages of one rank
+    that share the chunk come to theirs in any order."""
+    return {
+        action.micro_batch: position
+        for position, action in enumerate(actions)
+        if action.kind in _BACKWARD and action.index is not None and chunk in shape.uses(action.index)
+    }
 
 
 def add_downs(actions: Sequence[Action], plan: Plan) -> list[Action]:
@@ -159,17 +170,9 @@ def add_updates(actions: Sequence[Action], shape: StepShape, update: UpdateTime 
     last: dict[int, int] = {}  # chunk -> position of the last action that adds to its gradients
     end = max((position for position, action in enumerate(actions) if action.kind.is_compute), default=0)
     for chunk in trainable:
-        complete = shape.last_backward_of(chunk)
-        last[chunk] = max(
-            (
-                position
-                for position, action in enumerate(actions)
-                if (action.kind is Kind.REDUCE and action.index == chunk)
-                or (action.kind in (Kind.B, Kind.W) and action.index == complete)
-            ),
-            default=end,
-        )
-        if complete is None:
+        reduces = [at for at, a in enumerate(actions) if a.kind is Kind.REDUCE and a.index == chunk]
+        last[chunk] = max([*reduces, *_complete_at(actions, shape, chunk).values()], default=end)
+        if shape.last_backward_of(chunk) is None:
             last[chunk] = max(last[chunk], end)
     result: list[Action] = []
     for position, action in enumerate(actions):
@@ -211,7 +214,8 @@ def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[A
         use = shape.units[action.index]
         if action.kind is not Kind.F or not plan.moves_activations(use.unit):
             continue
-        backward = place.get(Action(Kind.B, action.index, action.micro_batch))
+        both = [place.get(Action(kind, action.index, action.micro_batch)) for kind in (Kind.B, Kind.I)]
+        backward = next((each for each in both if each is not None), None)
         if not use.saved_bytes or backward is None or backward <= place[action] + 1:
             continue
         saves[action] = Action(Kind.SAVE, action.index, action.micro_batch)

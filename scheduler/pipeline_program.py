@@ -2,9 +2,9 @@
 
 Owns the passes that pipelines add to those of `passes.py`, pure, actions in, actions out:
 
-    expand            F, B, I, W of the rank's stages -> of their unit runs
+    expand            F, B, I, W of the rank's stages -> of their unit runs; copies to disk, where the plan has them
     add_transfers     SEND and RECV where a neighbouring stage lies on another rank
-    add_tied          sums of gradients that several stages have a part in, before the norm
+    add_tied          sums of gradients that several stages have a part in, before the norm and their updates
 
 Sends wait in buffers of their own, so a rank never waits for its receiver; receives stand right before their use. Every
 rank's list is thus an order in which all of them together can run (`rank_check.py` proves it), and each lane keeps it.
@@ -18,13 +18,11 @@ from .link import link
 from .moves import add_moves, add_uploads
 from .passes import add_downs, add_gathers, add_reduces, add_saves, add_updates, carry, prefetch
 from .pipeline_data import Schedule
-from .plan import Plan
+from .plan import Activations, Plan
 from .program import Program, StepShape
+from .stage_holdings import TIED
 
 __all__ = ["TIED", "Stages", "add_tied", "add_transfers", "compile_stages", "expand"]
-
-TIED = "tied"
-"""The slot of a REDUCE that sums over the stages that share a parameter."""
 
 _F, _B, _I, _W = Kind.F, Kind.B, Kind.I, Kind.W
 _BACKWARD = (_B, _I)
@@ -71,7 +69,7 @@ def compile_stages(
         shape: unit runs of other ranks use no chunks.
         tied: chunks whose gradients other stages have a part in.
     """
-    actions = expand(schedule, stages, shape, rank)
+    actions = expand(schedule, stages, shape, plan, rank)
     if plan.world_size > 1:
         actions = prefetch(add_gathers(actions, shape, plan), plan.prefetch)
     if plan.sums_gradients:
@@ -85,17 +83,35 @@ def compile_stages(
     return link(moved, shape, plan, num_carried)
 
 
-def expand(schedule: Schedule, stages: Stages, shape: StepShape, rank: int) -> list[Action]:
-    """The unit runs of a rank's stages, in the order of its schedule. Copies of activations are for the moves' pass."""
+def expand(schedule: Schedule, stages: Stages, shape: StepShape, plan: Plan, rank: int) -> list[Action]:
+    """The unit runs of a rank's stages, in the order of its schedule.
+
+    Where the plan copies activations to disk, a SAVE of the schedule becomes one for each unit run, right behind its
+    forward, and a LOAD one for each at its place, in the order in which the backward pass comes to them. Units that
+    keep nothing, or that have a policy of their own, are left out.
+    """
+    copied: set[tuple[int | None, int | None]] = set()
+    if plan.pipeline is not None and plan.pipeline.copies_to_disk:
+        copied = {(a.index, a.micro_batch) for a in schedule.orders[rank] if a.kind is Kind.SAVE}
+
+    def moves(run: int) -> bool:
+        unit = shape.units[run]
+        return unit.has_backward and unit.saved_bytes > 0 and plan.activations_of(unit.unit) is Activations.KEEP
+
     result: list[Action] = []
     for action in schedule.orders[rank]:
         assert action.index is not None
-        runs = stages.runs(action.index)
+        runs, number = stages.runs(action.index), action.micro_batch
+        is_copied = (action.index, number) in copied
         if action.kind is _F:
-            result += [Action(_F, run, action.micro_batch) for run in runs]
+            for run in runs:
+                result.append(Action(_F, run, number))
+                result += [Action(Kind.SAVE, run, number)] if is_copied and moves(run) else []
+        elif action.kind is Kind.LOAD and is_copied:
+            result += [Action(Kind.LOAD, run, number) for run in reversed(runs) if moves(run)]
         elif action.kind.is_compute and action.kind is not Kind.R:
             backward = [run for run in reversed(runs) if shape.units[run].has_backward]
-            result += [Action(action.kind, run, action.micro_batch) for run in backward]
+            result += [Action(action.kind, run, number) for run in backward]
     return result
 
 
@@ -132,6 +148,13 @@ def add_transfers(actions: Sequence[Action], stages: Stages, rank: int) -> list[
 
 
 def add_tied(actions: Sequence[Action], tied: Sequence[int]) -> list[Action]:
-    """Sum the gradients of chunks that several stages share: after the last backward, before the norm."""
+    """Sum the gradients of chunks that several stages share: after the last backward, before the norm.
+
+    Not earlier, even where other chunks are updated inside the backward pass: a rank that waited there for the others'
+    gradients would keep them waiting for what it sends. The updates of these chunks, where they are not behind the norm
+    anyway, follow the sums.
+    """
     place = next(position for position, action in enumerate(actions) if action.kind is Kind.NORM)
-    return [*actions[:place], *(Action(Kind.REDUCE, chunk, None, TIED) for chunk in tied), *actions[place:]]
+    early = [action for action in actions[:place] if action.kind is Kind.STEP and action.index in tied]
+    before = [action for action in actions[:place] if action not in early]
+    return [*before, *(Action(Kind.REDUCE, chunk, None, TIED) for chunk in tied), *early, *actions[place:]]

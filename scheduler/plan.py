@@ -120,6 +120,8 @@ class PipelinePlan:
         placement: rank of each stage.
         starts: first unit run of each stage.
         seconds: of F, I and W for each stage, as measured; empty: equal ones.
+        copies_to_disk: whether the copies of activations that the schedule has are made, to the disk. Where they are
+            not, everything stays in memory, as if the schedule had none.
 
     Raises:
         ValueError: stages, starts and seconds that do not belong together.
@@ -130,6 +132,7 @@ class PipelinePlan:
     placement: tuple[int, ...]
     starts: tuple[int, ...]
     seconds: tuple[tuple[float, float, float], ...] = ()
+    copies_to_disk: bool = False
 
     def __post_init__(self) -> None:
         if set(self.placement) != set(range(self.num_ranks)):
@@ -197,7 +200,8 @@ class Plan:
     def uses_disk(self) -> bool:
         """Whether anything of this plan lies on the disk tier."""
         on_disk = any(Home.DISK in (chunk.parameter_home, chunk.optimizer_home) for chunk in self.chunks)
-        return on_disk or Activations.OFFLOAD_DISK in self.activations
+        copies = self.pipeline is not None and self.pipeline.copies_to_disk
+        return on_disk or copies or Activations.OFFLOAD_DISK in self.activations
 
     @property
     def sums_gradients(self) -> bool:

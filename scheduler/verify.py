@@ -26,6 +26,7 @@ from .ledger import Ledger
 from .plan import Plan, UpdateTime
 from .program import Buffer, Lane, Program, StepShape
 from .rank_check import check_ranks
+from .stage_holdings import TRANSFERS, StageHoldings
 
 __all__ = ["verify"]
 
@@ -82,10 +83,8 @@ class _Check:
         for position, action in enumerate(carried):
             if action.kind is not Kind.WRITE:
                 self._refuse(position, "only writes run into the next step")
-        sends = {Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B}
-        is_whole = not any(instruction.action.kind in sends for instruction in program.instructions)
         found = frozenset(f"c{a.index}:{a.slot}" for a in carried)
-        self.holdings = Holdings(shape, plan, found, leaves, program.kept, is_whole)
+        self.holdings = _holdings(program, shape, plan, found, leaves)
         self.kept = program.kept
         self.kept_reads = {
             position
@@ -167,6 +166,16 @@ class _Check:
             f"{self._name(position)} on lane {self.program.instructions[position].lane}: {why}. "
             f"Around it: {', '.join(str(instruction.action) for instruction in around)}"
         )
+
+
+def _holdings(
+    program: Program, shape: StepShape, plan: Plan, carried: frozenset[str], leaves: frozenset[str]
+) -> Holdings:
+    if plan.pipeline is None:
+        return Holdings(shape, plan, carried, leaves, program.kept)
+    runs = frozenset(a.index for a in program.actions(Kind.F) if a.index is not None)
+    transfers = frozenset((a.kind, a.index) for a in program.actions() if a.kind in TRANSFERS and a.index is not None)
+    return StageHoldings(shape, plan, carried, leaves, program.kept, runs=runs, transfers=transfers)
 
 
 def _overlapping(buffers: Sequence[Buffer]) -> dict[str, list[str]]:
