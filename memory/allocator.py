@@ -2,16 +2,29 @@
 
 Owns one switch of the process. By default glibc returns blocks of some MiB to the kernel when they are freed, and the
 next step pays for fresh, zeroed pages: `perf step` shows what that costs. Keeping them costs some resident memory
-instead, so it is done only where the budget is ample (the caller decides).
+instead. So it is done without bounds where the budget is ample; else within a step and a bound (`StepHeap`), or not at
+all. The caller decides.
 """
 
 import ctypes
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-__all__ = ["keep_freed_blocks", "release_kernel_buffers", "return_blocks_at_once", "return_freed_blocks"]
+from .process import resident_bytes
+
+__all__ = [
+    "StepHeap",
+    "keep_freed_blocks",
+    "num_heaps",
+    "release_kernel_buffers",
+    "return_blocks_at_once",
+    "return_freed_blocks",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -59,3 +72,57 @@ def release_kernel_buffers() -> bool:
     except (OSError, AttributeError):
         return False
     return True
+
+
+def num_heaps() -> int:
+    """Heaps of the C library, of which a thread uses one; 0 where it cannot say. Blocks above the last one in use are
+    given back by `return_freed_blocks` in the first heap only."""
+    file = os.memfd_create("heaps")
+    try:
+        library = ctypes.CDLL(None)
+        library.fdopen.restype = ctypes.c_void_p
+        stream = ctypes.c_void_p(library.fdopen(os.dup(file), b"w"))
+        library.malloc_info(0, stream)
+        library.fclose(stream)
+        return os.pread(file, 1 << 20, 0).count(b"<heap nr=")
+    except (OSError, AttributeError):
+        return 0
+    finally:
+        os.close(file)
+
+
+class StepHeap:
+    """Within a step, freed blocks are kept for the next ones as long as the process stays within a budget.
+
+    Before every part of a step the caller says how much that part allocates at the most, all blocks added up. A heap
+    that reuses what it can never grows by more; so where that much fits beside what is resident now, nothing has to be
+    done, and else what is free is given back first. What is resident then passes the budget only where what is in use
+    and the growth together do.
+
+    Args:
+        budget_bytes: of the process's resident set.
+        margin_bytes: of it, for what nobody announces.
+    """
+
+    def __init__(self, budget_bytes: int, margin_bytes: int) -> None:
+        self._most_bytes = budget_bytes - margin_bytes
+        self._is_open = False
+        self.num_returns = 0
+        """How often blocks had to be given back."""
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Freed blocks are kept meanwhile, and given back at the end."""
+        self._is_open = keep_freed_blocks()
+        try:
+            yield
+        finally:
+            self._is_open = False
+            return_blocks_at_once()
+            return_freed_blocks()
+
+    def make_room(self, growth_bytes: int) -> None:
+        """Up to `growth_bytes` are going to be allocated until this is called again."""
+        if self._is_open and resident_bytes() + growth_bytes > self._most_bytes:
+            return_freed_blocks()
+            self.num_returns += 1

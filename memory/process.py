@@ -8,7 +8,14 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["ProcessMemory", "cgroup_limit_bytes", "peak_host_bytes", "read_process_memory", "reset_peak"]
+__all__ = [
+    "ProcessMemory",
+    "cgroup_limit_bytes",
+    "peak_host_bytes",
+    "read_process_memory",
+    "reset_peak",
+    "resident_bytes",
+]
 
 _STATUS = Path("/proc/self/status")
 
@@ -34,6 +41,11 @@ def read_process_memory() -> ProcessMemory:
     return ProcessMemory(
         int(fields.get("VmRSS", 0)) * 1024, int(fields.get("VmHWM", 0)) * 1024, int(fields.get("RssShmem", 0)) * 1024
     )
+
+
+def resident_bytes() -> int:
+    """The resident set alone: some microseconds."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_host_bytes(owned_shared_bytes: int) -> int:

@@ -5,6 +5,7 @@ Owns how a step of theirs is timed and what it moved. It does not own turns nor 
 
 from dataclasses import dataclass, replace
 
+from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory
 from ..memory.disk_speed import measure_disk
 from ..runtime.engine import Engine
@@ -40,6 +41,8 @@ class EngineMember:
         host: str | None = None,
         micro_batches: int = 1,
     ) -> None:
+        if host is not None:
+            return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
         sizes = replace(CONFIGS[config], batch_size=batch_size, length=length)
         self._batches = random_batches(sizes)
         self._engine = Engine(

@@ -6,7 +6,7 @@ data, files or displays.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +102,14 @@ class Engine(PreparedEngine):
             assert self._program is not None
             self.state.begin_step()
             self._losses = {}
-            self._executor.begin(self._program if self._is_carried else self._program.without_carried())
-            self._recovery.begin()
-            self._run_micro_batches(micro, samples)
-            self.timeline = self._executor.finish()
-            self._recovery.end()
+            # The first step makes the optimizer's slots, and touches buffers for the first time.
+            with self._heap.step() if self._heap is not None and self._has_stepped else nullcontext():
+                self._executor.begin(self._program if self._is_carried else self._program.without_carried())
+                self._recovery.begin()
+                self._run_micro_batches(micro, samples)
+                self.timeline = self._executor.finish()
+                self._recovery.end()
+            self._has_stepped = True
             self._is_carried = self._program.num_carried > 0
         except BaseException as error:
             self._fail(error)

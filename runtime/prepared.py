@@ -14,23 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.allocator import keep_freed_blocks, return_blocks_at_once
+from ..memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once
 from ..memory.budget import Memory
+from ..memory.errors import DoesNotFit
 from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import open_mesh
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
+from ..scheduler.fit import Open
 from ..scheduler.ledger import Ledger
-from ..scheduler.plan import Activations, Home, Plan, plan_for_zero
+from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, plan_for_zero
 from ..scheduler.prediction import Prediction
 from ..scheduler.program import Program
-from ..scheduler.trace import Trace, trace_model
+from ..scheduler.trace import Phase, Trace, trace_model
 from .batch import Forward, Loss, split_batch
 from .constraints import Constraints, offloaded
 from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
 from .executor import Executor, Handler
+from .host_figures import RESERVE_BYTES
 from .model_state import ModelState
 from .moving import MovingActivations
 from .offload import optim_layouts
@@ -38,7 +41,7 @@ from .opening import fill_with, lay_out, open_moves, open_state, open_tier, reco
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
 from .pipeline_words import PipelineWords
-from .planning import Planner
+from .planning import Planned, Planner
 from .precision import cast_buffers, compute_dtypes
 from .recompute import Recomputed
 from .recovery import Recovery
@@ -158,6 +161,8 @@ class PreparedEngine(ABC):
         self._hooks = self._install_hooks()
         self._trace: Trace | None = None
         self._program: Program | None = None
+        self._heap: StepHeap | None = None  # where blocks that are freed stay the process's
+        self._has_stepped = False
         self._is_carried = False  # whether the last step's writes are still to be done
         self._losses: dict[int, float] = {}  # micro-batch -> its part of this rank's loss
         self._peak_slots: dict[str, int] = {}
@@ -279,9 +284,12 @@ class PreparedEngine(ABC):
             self.transport,
         )
         open_ = replace(open_, homes=open_.homes and self._state is None)
-        planned = planner.plan(self.plan, open_, self._trace, self._passage.forward, self._passage.call_loss, part)
+        planned = self._planned(planner, open_, self._trace, part)
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
         self.predicted, self.predicted_device = planned.ledger, planned.device
+        if self.plan.keeps_freed:
+            assert self.memory.host_bytes is not None
+            self._heap = StepHeap(self.memory.host_bytes, RESERVE_BYTES // 2)
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
@@ -291,6 +299,32 @@ class PreparedEngine(ABC):
                 self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {}, self._tiers)
             self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
         lay_out(self._program, self._tier, self._tiers)
+
+    def _planned(self, planner: Planner, open_: Open, trace: Trace, part: Any) -> Planned:
+        """The plan that fits, if there is one where freed blocks are kept; else where they are given back at once.
+
+        Kept is provable on one rank whose updates make no temporaries; micro-batches that take turns have threads of
+        their own, which must not have heaps of their own.
+        """
+        forward, loss = self._passage.forward, self._passage.call_loss
+        one_heap = num_heaps() == 1
+        if (
+            self.transport is None
+            and self.plan.unified
+            and not self._is_ample
+            and self._optimizer.is_fused
+            and (one_heap or self.plan.order is MicroBatchOrder.SEQUENTIAL)
+        ):
+            kept = replace(self.plan, keeps_freed=True)
+            try:
+                return planner.plan(kept, replace(open_, order=open_.order and one_heap), trace, forward, loss, part)
+            except DoesNotFit:
+                pass
+        return planner.plan(self.plan, open_, trace, forward, loss, part)
+
+    def _make_room(self, phase: Phase) -> None:
+        if self._heap is not None and self.predicted is not None:
+            self._heap.make_room(self.predicted.growth_bytes.get(phase, 0))
 
     def _compile_pipeline(self, pipeline: "Pipeline", part: Any) -> None:
         """The stages of this rank: choose them, take over their parameters, and let go of all others."""
@@ -336,6 +370,7 @@ class PreparedEngine(ABC):
             (self._seed, self._mesh.data_rank),
             self._passage.input_dtype,
             self._turns.advance_to,
+            self._make_room,
         )
 
     @abstractmethod

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..memory.errors import OutOfOrder
 from ..parallel.actions import Action, Kind
 from ..parallel.units import Unit
-from ..scheduler.trace import Trace
+from ..scheduler.trace import Phase, Trace
 from .batch import cast_floats
 from .executor import Executor
 
@@ -79,6 +79,7 @@ class UnitHooks:
     Args:
         cast_inputs: parameter-dtype per unit that floating inputs are cast to, or None to leave them alone.
         advance: comes to a compute action, waiting for its turn; None: the executor's own, without turns.
+        entering: told each phase that begins (`scheduler/trace.py`), when it is its turn.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class UnitHooks:
         seeds: tuple[int, ...],
         cast_inputs: Callable[[nn.Module], torch.dtype | None],
         advance: Callable[[Action], None] | None = None,
+        entering: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
         self.moving: Moving | None = None
         self._units = units
         self._advance = advance or executor.advance_to
+        self._entering = entering
         self._executor = executor
         self._seeds = seeds
         self._trace: Trace | None = None
@@ -124,6 +127,7 @@ class UnitHooks:
         self._step = step
         num_runs = len(self._trace.calls)
         current = self._local.current = Pass(micro_batch, runs or range(num_runs), num_runs)
+        self._entering(("before", 0))
         self._seed(-1, micro_batch)
         return current
 
@@ -153,6 +157,7 @@ class UnitHooks:
         current.backward = None
         current.phase = "backward"
         current.backward_kind = kind
+        self._entering(("loss", 1))
 
     def end_backward(self) -> None:
         """The backward of this thread's micro-batch is over."""
@@ -206,6 +211,7 @@ class UnitHooks:
                 if run not in current.runs:
                     return None  # left out
                 self._advance(Action(Kind.F, run, current.micro_batch))
+                self._entering(("F", run))
                 self._seed(run, current.micro_batch)
                 if self.moving is not None and torch.is_grad_enabled():
                     current.saving = self.moving.saving(run, current.micro_batch)
@@ -255,6 +261,7 @@ class UnitHooks:
     def _enter_backward(self, current: Pass, run: int) -> None:
         self._leave_backward(current)
         self._advance(Action(current.backward_kind, run, current.micro_batch))
+        self._entering(("B", run))
         current.backward = run
 
     def _leave_backward(self, current: Pass) -> None:

@@ -12,8 +12,9 @@ from ..parallel.actions import Action, Kind
 from .copies import gathered_peak
 from .memory_levels import Keeping, Levels, levels_under
 from .memory_profile import MemoryProfile
-from .plan import Activations, Plan, UpdateTime
+from .plan import Activations, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
+from .trace import Phase
 
 __all__ = ["ActivationWalk", "HostFigures", "Ledger", "host_ledger", "keeping"]
 
@@ -53,12 +54,14 @@ class Ledger:
         parts: what the bytes are for.
         levels: (position in the program, bytes) of every action that was added up: the others hold no more than the
             one before them.
+        growth_bytes: phase -> by how much the heap grows in it at the most, where freed blocks are kept.
     """
 
     peak_bytes: int
     where: str
     parts: dict[str, int]
     levels: tuple[tuple[int, int], ...] = ()
+    growth_bytes: Mapping[Phase, int] = field(default_factory=dict)
 
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
@@ -78,7 +81,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         gradients = dict.fromkeys(figures.gradient_bytes, 0)
     else:
         gradients = dict(figures.gradient_bytes)
-    walk = ActivationWalk(levels)
+    walk = ActivationWalk(levels, plan.keeps_freed)
     held: set[int] = set()
     best = Ledger(0, "", {})
     sizes: list[tuple[int, int]] = []
@@ -106,7 +109,15 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             best = Ledger(total, str(action), parts)
         if action.kind is Kind.STEP and action.index is not None:
             held.discard(action.index)
-    return replace(best, levels=tuple(sizes))
+    growth = _growth(levels, profile, plan) if plan.keeps_freed else {}
+    return replace(best, levels=tuple(sizes), growth_bytes=growth)
+
+
+def _growth(levels: Levels, profile: MemoryProfile, plan: Plan) -> dict[Phase, int]:
+    """What each phase may add to a heap that gives nothing back. Where micro-batches take turns, libraries' buffers are
+    let go of at every turn, and taken again."""
+    again = profile.library_bytes if plan.order is MicroBatchOrder.BY_UNIT else 0
+    return {phase: growth + again for phase, growth in zip(levels.order, levels.growth_bytes, strict=True)}
 
 
 def _completed(action: Action, shape: StepShape) -> set[int]:
@@ -128,10 +139,11 @@ def keeping(program: Program, shape: StepShape, plan: Plan) -> list[Keeping]:
 
 
 class ActivationWalk:
-    """Live activation bytes of all micro-batches."""
+    """Live activation bytes of all micro-batches; or, `with_freed`, of what is freed within an action too."""
 
-    def __init__(self, levels: Levels) -> None:
+    def __init__(self, levels: Levels, with_freed: bool = False) -> None:
         self._levels = levels
+        self._top_bytes = levels.kept_top_bytes if with_freed else levels.summing_top_bytes
         self._place = {phase: position for position, phase in enumerate(levels.order)}
         self._done: dict[int, int] = {}
         self.now = 0
@@ -145,7 +157,7 @@ class ActivationWalk:
             return self.now
         done = self._done.get(action.micro_batch, 0)
         others = self.now - self._begin(done)
-        top = others + max(self._levels.summing_top_bytes[done : phase + 1], default=0)
+        top = others + max(self._top_bytes[done : phase + 1], default=0)
         self._done[action.micro_batch] = phase + 1
         self.now = others + self._begin(phase + 1)
         return top

@@ -32,12 +32,20 @@ class Levels:
         begin_bytes: live at the begin of the phase.
         top_bytes: the most that is live in it, gradients of parameters excluded.
         summing_top_bytes: with each gradient from its making until it is added to a sum that lies elsewhere.
+        growth_bytes: all that is made in it, added up; of what follows the last unit until the loss is there, with that
+            unit.
     """
 
     order: tuple[Phase, ...]
     begin_bytes: tuple[int, ...]
     top_bytes: tuple[int, ...]
     summing_top_bytes: tuple[int, ...]
+    growth_bytes: tuple[int, ...]
+
+    @property
+    def kept_top_bytes(self) -> tuple[int, ...]:
+        """The most that a heap holds in the phase which has only what is live at its begin, and gives nothing back."""
+        return tuple(begin + growth for begin, growth in zip(self.begin_bytes, self.growth_bytes, strict=True))
 
 
 def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers: bool = False) -> Levels:
@@ -55,14 +63,14 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
     if len(policies) != len(profile.units):
         raise ValueError(f"{len(policies)} policies for {len(profile.units)} unit runs")
     place = {phase: position for position, phase in enumerate(profile.order)}
-    begins, tops, summing = [], [], []
+    begins, tops, summing, growths = [], [], [], []
     for position, phase in enumerate(profile.order):
         live = [_is_live(life, position, place, policies) for life in profile.storages]
         base = sum(life.num_bytes for life, is_live in zip(profile.storages, live, strict=True) if is_live)
         begins.append(base)
         kind, run = phase
         memory = _memory(profile, phase)
-        rise, summing_rise = memory.peak_bytes, memory.summing_peak_bytes
+        rise, summing_rise, growth = memory.peak_bytes, memory.summing_peak_bytes, memory.churn_bytes
         if kind == "F" and policies[run] is not Keeping.KEEP:
             rise = memory.unsaved_peak_bytes
             if policies[run] is Keeping.OFFLOAD:
@@ -76,9 +84,15 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
             )
             again = profile.units[run].recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
             rise, summing_rise = max(back + rise, again), max(back + summing_rise, again)
+            is_again = policies[run] is Keeping.RECOMPUTE
+            growth += profile.units[run].recompute_churn_bytes if is_again else back
+        elif phase == ("loss", 0) and growths:
+            growths[-1] += growth
+            growth = 0
         tops.append(base + rise)
         summing.append(base + summing_rise)
-    return Levels(profile.order, tuple(begins), tuple(tops), tuple(summing))
+        growths.append(max(growth, summing_rise) if kind in ("F", "B") else growth)
+    return Levels(profile.order, tuple(begins), tuple(tops), tuple(summing), tuple(growths))
 
 
 def peak_of(levels: Levels, actions: Iterable[tuple[str, int, int]]) -> tuple[int, tuple[str, int, int] | None]:

@@ -61,6 +61,7 @@ class UnitMemory:
         forward: from its begin to the next run's, or to the loss.
         backward: from the begin of its backward to the next one's; all zero where it has none.
         recompute_peak_bytes: of running it once more with everything saved, above what was there.
+        recompute_churn_bytes: all that it makes then, added up.
         saved: indices into `MemoryProfile.storages` of what it was the first to save, its inputs among them.
         inputs: indices into `MemoryProfile.storages` of what it was given, the batch's tensors excluded.
         saved_bytes: the sum over `saved`: what offloading the unit moves.
@@ -74,6 +75,7 @@ class UnitMemory:
     forward: PhaseMemory
     backward: PhaseMemory
     recompute_peak_bytes: int
+    recompute_churn_bytes: int
     saved: tuple[int, ...]
     inputs: tuple[int, ...]
     saved_bytes: int
@@ -212,6 +214,7 @@ def _unit(
         forward=replay.phases.get(("F", run), PhaseMemory()),
         backward=replay.phases.get(("B", run), PhaseMemory()),
         recompute_peak_bytes=replay.recompute_peak_bytes.get(run, 0),
+        recompute_churn_bytes=replay.recompute_churn_bytes.get(run, 0),
         saved=tuple(owned),
         inputs=tuple(given),
         saved_bytes=sum(lives[number].num_bytes for number in owned),

@@ -32,6 +32,8 @@ class PhaseMemory:
         unsaved_peak_bytes: of what the phase itself makes, if autograd saved nothing of it.
         left_bytes: level at its end less that at its begin, without gradients; may be negative.
         gradient_bytes: of the parameters' gradients that it made.
+        churn_bytes: everything that it makes added up, gradients too: what a heap grows by at the most where nothing
+            that was freed meanwhile is given back.
     """
 
     peak_bytes: int = 0
@@ -40,6 +42,7 @@ class PhaseMemory:
     unsaved_peak_bytes: int = 0
     left_bytes: int = 0
     gradient_bytes: int = 0
+    churn_bytes: int = 0
 
 
 class _Level:
@@ -73,6 +76,7 @@ class Replay:
         lasting: the storages that outlived the phase in which they were made, gradients of parameters excluded.
         dropped_in, released_in: id of a lasting record -> the phase in which its last reference, or saving, ended.
         recompute_peak_bytes: unit run -> peak of its own storages up to its end, with everything saved.
+        recompute_churn_bytes: unit run -> all that it makes, added up.
         peak_bytes, summing_peak_bytes, collecting_peak_bytes: of the whole pass.
     """
 
@@ -82,6 +86,7 @@ class Replay:
         self.dropped_in: dict[int, Phase] = {}
         self.released_in: dict[int, Phase] = {}
         self.recompute_peak_bytes: dict[int, int] = {}
+        self.recompute_churn_bytes: dict[int, int] = {}
         self._keep, self._own, self._unsaved = _Level(), _Level(), _Level()
         self._summing, self._collecting, self._staying = _Level(), _Level(), _Level()
         self._all = (self._keep, self._own, self._unsaved, self._summing, self._collecting, self._staying)
@@ -89,6 +94,7 @@ class Replay:
         self._saved: dict[int, int] = {}
         self._born: dict[int, Record] = {}  # in this phase, and alive
         self._complete_bytes = 0  # of gradients, in this phase
+        self._made_bytes = 0  # in this phase
         self._phase: Phase = _NONE
         for event, record, payload in watch.events:
             if event is Event.PHASE:
@@ -96,7 +102,9 @@ class Replay:
                 self._phase = payload
             elif event is Event.LEFT:
                 self.recompute_peak_bytes[payload] = self._own.rise
+                self.recompute_churn_bytes[payload] = self._made_bytes
             elif event is Event.WORKSPACE:
+                self._made_bytes += payload
                 for level in self._all:
                     level.reach(payload)
             else:
@@ -108,6 +116,8 @@ class Replay:
 
     def _happen(self, event: Event, record: Record, num_bytes: int) -> None:
         key = id(record)
+        if event is Event.MADE:
+            self._made_bytes += num_bytes
         if record.is_gradient:
             self._happen_to_gradient(event, num_bytes)
             return
@@ -163,10 +173,11 @@ class Replay:
                 self._unsaved.rise,
                 self._keep.now - self._keep.begin,
                 self._complete_bytes,
+                self._made_bytes,
             )
         self.lasting.extend(self._born.values())
         self._born = {}
         self._collecting.add(-self._complete_bytes)
-        self._complete_bytes = 0
+        self._complete_bytes = self._made_bytes = 0
         for level in self._all:
             level.start(0 if level in (self._own, self._unsaved) else None)

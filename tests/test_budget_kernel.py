@@ -42,6 +42,7 @@ def test_state_of_370_mib_trains_within_a_budget_that_does_not_hold_it(folder: s
     assert outcome.end == "trained", outcome.message
     assert within(tight, outcome), outcome
     assert outcome.losses == free.losses
+    assert "freed blocks kept" in outcome.plan
     assert sum(outcome.read_bytes) > 0
     assert free.resident_peak_bytes > 620 * MIB
 

@@ -1,19 +1,22 @@
-"""Freed blocks are kept: a second use of the same size meets no page fault."""
+"""Freed blocks are kept: a second use of the same size meets no page fault; within a step, only as far as they fit."""
 
 import subprocess
 import sys
 
-_SCRIPT = """
+from outgrow.memory.allocator import StepHeap
+
+_FAULTS = """
 import resource, torch
-from outgrow.memory.allocator import keep_freed_blocks, return_freed_blocks
-from outgrow.memory.process import read_process_memory
+from outgrow.memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once, return_freed_blocks
+from outgrow.memory.process import peak_host_bytes, read_process_memory, reset_peak
 
 def faults(num_bytes=64 << 20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(3):
         torch.ones(num_bytes, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
+"""
+_KEPT = """
 given_back = faults()
 assert keep_freed_blocks()
 faults(96 << 20)  # something larger was there before: small blocks beside it do not matter then
@@ -22,11 +25,60 @@ kept_bytes = read_process_memory().resident_bytes
 assert return_freed_blocks()
 print(given_back, again, kept_bytes - read_process_memory().resident_bytes)
 """
+_STEP = """
+MIB = 1 << 20
+return_blocks_at_once()
+given_back = faults()
+
+def phase(number):
+    live = torch.ones((20 + number) * MIB, dtype=torch.uint8)  # no size comes twice: old blocks do not fit
+    for _ in range(3):
+        live = torch.ones(live.numel(), dtype=torch.uint8)
+
+begin = read_process_memory().resident_bytes
+for spare_mib in (200, 1 << 20):
+    heap = StepHeap(begin + spare_mib * MIB, 4 * MIB)
+    reset_peak()
+    with heap.step():
+        for number in range(12):
+            heap.make_room(4 * (20 + number) * MIB)
+            phase(number)
+        faults()
+        again = faults()
+    print(peak_host_bytes(0) - begin, heap.num_returns, again, read_process_memory().resident_bytes - begin)
+heap.make_room(1 << 60)
+print(heap.num_returns, given_back, faults(), num_heaps())
+"""
+
+
+def run(script: str) -> list[list[int]]:
+    answer = subprocess.run([sys.executable, "-c", _FAULTS + script], capture_output=True, text=True, check=True)
+    return [list(map(int, line.split())) for line in answer.stdout.splitlines()]
 
 
 def test_blocks_that_were_freed_are_used_again() -> None:
-    answer = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
-    given_back, kept, returned_bytes = map(int, answer.stdout.split())
+    [[given_back, kept, returned_bytes]] = run(_KEPT)
     assert given_back > 1000  # pages, huge or not
     assert kept < given_back / 10
     assert returned_bytes > 60 << 20
+
+
+def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
+    tight, ample, [num_returns, given_back, after, num_heaps] = run(_STEP)
+    peak_bytes, tight_returns, kept, left_bytes = tight
+    assert peak_bytes <= 200 << 20, "twelve phases made 1200 MiB"
+    assert tight_returns > 0
+    assert kept < given_back / 10
+    assert left_bytes < 8 << 20, "at the end of a step everything is given back"
+    assert ample[1] == num_returns == 0, "nothing had to be given back, and outside of a step nothing is"
+    assert ample[2] < given_back / 10
+    assert after > 1000, "between steps blocks go back at once"
+    assert num_heaps == 1
+
+
+def test_where_blocks_cannot_be_kept_nothing_is_asked(monkeypatch) -> None:
+    monkeypatch.setattr("outgrow.memory.allocator.keep_freed_blocks", lambda: False)
+    heap = StepHeap(1, 0)
+    with heap.step():
+        heap.make_room(1 << 40)
+    assert heap.num_returns == 0

@@ -89,3 +89,25 @@ def test_micro_batches_add_up_in_the_order_in_which_they_run():
 def test_every_unit_run_has_a_policy():
     with pytest.raises(ValueError, match="2 policies for 3 unit runs"):
         levels_under(chain(3), [KEEP, KEEP])
+
+
+def test_growth_is_all_that_a_phase_makes_and_the_loss_goes_with_the_last_unit():
+    profile = chain(3)
+    kept = levels_under(profile, [KEEP] * 3)
+    growth = dict(zip(kept.order, kept.growth_bytes, strict=True))
+    assert growth["F", 0] == growth["F", 1] == 2 * WIDE + X
+    assert growth["F", 2] == 2 * WIDE + X + 64, "and the loss, a scalar"
+    assert growth["loss", 0] == 0
+    weights = 2 * DIM * WIDTH * 4
+    # of `down` the gradient of its input; of `sin` a cosine and a product; of `up` the gradient of its input
+    assert growth["B", 1] == 3 * WIDE + X + weights
+    again = levels_under(profile, [KEEP, RECOMPUTE, KEEP])
+    assert dict(zip(again.order, again.growth_bytes, strict=True))["B", 1] == growth["B", 1] + 2 * WIDE + X
+    for levels in (kept, again, levels_under(profile, [OFFLOAD] * 3)):
+        assert all(
+            top >= summing
+            for top, summing, phase in zip(levels.kept_top_bytes, levels.summing_top_bytes, levels.order, strict=True)
+            if phase[0] in "FB"
+        )
+    place = kept.order.index(("B", 1))
+    assert kept.kept_top_bytes[place] == kept.begin_bytes[place] + growth["B", 1]
