@@ -88,6 +88,7 @@ def _compute_bound(config: str, tokens: int, folder: str, options: Options, say:
     return [
         *(_speed(section, name, tokens, reports, note=str(reports[-1].moved)) for name, reports in turns.items()),
         _speed_up(section, "on disk", "in memory", turns, _IN_MEMORY_TARGET),
+        _reads(section, turns["on disk"]),
         _agreement(section, losses),
     ]
 
@@ -108,6 +109,13 @@ def _speed_up(section: str, one: str, other: str, turns: dict[str, list[Any]], t
     """How many times faster `one` was than `other`, round by round."""
     seconds = {name: [each.seconds for each in turns[name]] for name in (one, other)}
     return Figure(section, f"{one} / {other}", "ratio", paired_ratios(seconds[other], seconds[one]), target)
+
+
+def _reads(section: str, reports: Sequence[Any]) -> Figure:
+    """State read from disk over the fewest bytes that steps of this order can read in as much memory."""
+    read, least = reports[-1].state_reads
+    note = f"{read / 1e9:.2f} GB of state read, at least {least / 1e9:.2f}"
+    return Figure(section, "state read / least", "ratio", (read / least,) if least else (), note=note)
 
 
 def _peak_bytes(reports: Sequence[Any]) -> int:
@@ -150,6 +158,7 @@ def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str],
             paired_ratios([seconds for seconds, _ in shared], measured),
             note=f"bound {shared[-1][0]:.2f} s by {shared[-1][1]}, in the last round",
         ),
+        _reads(section, turns["on disk"]),
         _agreement(section, losses),
     ]
 
@@ -225,6 +234,7 @@ def _against_deepspeed(
             for name, reports in turns.items()
         ),
         _speed_up(section, "on disk", "DeepSpeed", turns, _DEEPSPEED_SPEED_TARGET),
+        _reads(section, turns["on disk"]),
         Figure(
             section,
             "peak of on disk / DeepSpeed",

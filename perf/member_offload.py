@@ -20,12 +20,20 @@ __all__ = ["DiskMember", "EngineMember", "OffloadReport", "disk", "engine"]
 
 @dataclass(frozen=True, slots=True)
 class OffloadReport:
-    """One step: seconds of the step, its loss, the process's greatest resident set in it, and what it moved."""
+    """One step.
+
+    Attributes:
+        seconds: of the step.
+        peak_rss_bytes: the process's greatest resident set in it.
+        moved: between memory and disk.
+        state_reads: bytes of state that it read, and the fewest that it could have (`Engine.state_reads`).
+    """
 
     seconds: float
     loss: float
     peak_rss_bytes: int
     moved: Moved
+    state_reads: tuple[int, int]
 
 
 class EngineMember:
@@ -58,7 +66,8 @@ class EngineMember:
     def step(self, index: int) -> OffloadReport:
         """One training step on the batch of that index."""
         result = self._engine.step(self._batches(index))  # its peak is reset at the step's begin
-        return OffloadReport(result.step_s, result.loss, peak_rss_bytes(), moved_in(result.timeline))
+        reads = self._engine.state_reads()
+        return OffloadReport(result.step_s, result.loss, peak_rss_bytes(), moved_in(result.timeline), reads)
 
     def close(self) -> None:
         self._engine.close()

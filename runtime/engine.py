@@ -17,11 +17,14 @@ from torch import nn
 from ..memory.allocator import release_kernel_buffers
 from ..memory.process import peak_host_bytes, reset_peak
 from ..memory.timeline import Timeline
-from ..parallel.actions import Action
+from ..parallel.actions import Action, Kind
+from ..scheduler.least_moves import least_read_bytes
 from ..scheduler.plan import MicroBatchOrder
 from .batch import map_tensors, num_samples, num_tokens, split_batch
+from .offload import optim_layouts
 from .prepared import PreparedEngine
 from .step_result import Statistics, StepResult
+from .step_shape import step_shape
 from .weights import full_state_dict, write_weights
 
 if TYPE_CHECKING:
@@ -155,6 +158,17 @@ class Engine(PreparedEngine):
     def statistics(self) -> Statistics:
         """Bytes of model state on this rank, now and at the last step's fullest moment."""
         return Statistics(self.state.held_bytes(), dict(self._peak_slots))
+
+    def state_reads(self) -> tuple[int, int]:
+        """Bytes of state that a step reads from disk, and the fewest that any plan of the same order could in as much
+        memory (`scheduler/least_moves.py`); both 0 before the first step."""
+        if self._program is None or self._trace is None or self._pipeline is not None:
+            return 0, 0
+        optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
+        shape = step_shape(self._trace, self._units, self._layouts, self.plan, optims)
+        reads = sum(each.num_bytes for each in self._program.instructions if each.action.kind is Kind.READ)
+        room = self._program.arena_bytes("host")
+        return reads, least_read_bytes(self._program.actions(), shape, self.plan, room)
 
     def close(self) -> None:
         """End the lanes and leave the group; the model keeps its (gathered) weights, but for those on disk.

@@ -288,8 +288,8 @@ class PreparedEngine(ABC):
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
         self.predicted, self.predicted_device = planned.ledger, planned.device
         if self.plan.keeps_freed:
-            assert self.memory.host_bytes is not None
-            self._heap = StepHeap(self.memory.host_bytes, RESERVE_BYTES // 2)
+            assert planned.ledger is not None
+            self._heap = StepHeap(planned.ledger.peak_bytes, RESERVE_BYTES // 2)  # no more than was predicted
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)

@@ -44,6 +44,22 @@ EVERYTHING = {"offload": "all", "update": "backward"}
 LEAN = {**EVERYTHING, "micro_batches": 3, "order": "by-unit"}
 
 
+def test_the_bytes_that_are_read_are_told_beside_the_fewest(tmp_path: Path) -> None:
+    batch = DROPPING["gpt"].batch(0, 6)
+    found = {}
+    for cache_bytes in (0, 1 << 30):
+        with engine_of("gpt", "adamw", str(tmp_path), cache_bytes=cache_bytes, **EVERYTHING) as engine:
+            assert engine.state_reads() == (0, 0)
+            for _ in range(2):
+                engine.step(batch)
+            found[cache_bytes] = engine.state_reads()
+            spans = engine.timeline.spans
+            assert found[cache_bytes][0] == sum(span.num_bytes for span in spans if span.action.startswith("READ"))
+    tight, ample = found[0], found[1 << 30]
+    assert tight[0] >= tight[1] > ample[1]
+    assert tight[0] > ample[0] >= ample[1]
+
+
 def test_a_learning_rate_schedule_goes_on(tmp_path: Path) -> None:
     schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
     reference = outcome("gpt-tied", "groups", None, lr_scheduler=schedule, micro_batches=3)

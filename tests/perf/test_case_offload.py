@@ -42,7 +42,7 @@ def figure(figures: list[Figure], name: str) -> Figure:
 
 
 def answer(seconds: float, loss: float, moved: Moved = NOTHING) -> OffloadReport:
-    return OffloadReport(seconds, loss, 100 * MIB, moved)
+    return OffloadReport(seconds, loss, 100 * MIB, moved, (300, 200) if moved.read_bytes else (0, 0))
 
 
 def test_ratio_and_agreement_are_taken_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +53,7 @@ def test_ratio_and_agreement_are_taken_round_by_round(monkeypatch: pytest.Monkey
     figures = case_offload._compute_bound("S", 2048, "/folder", Options(), lambda line: None)
     assert figure(figures, "on disk").samples == (1024.0, 1024.0)
     assert figure(figures, "on disk / in memory").samples == (0.5, 1.0)
+    assert figure(figures, "state read / least").samples == (), "nothing was read"
     assert figure(figures, "steps whose losses differ").samples == (1.0,)
     assert figure(figures, "steps whose losses differ").is_met is False
 
@@ -71,6 +72,7 @@ def test_the_share_of_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figure(figures, "shared bound / on disk").samples == (1.0, 1.28)
     assert "by both" in figure(figures, "shared bound / on disk").note
     assert "by compute" in figure(figures, "bound / on disk").note
+    assert figure(figures, "state read / least").samples == (1.5,)
     assert figure(figures, "steps whose losses differ").is_met is True
 
 
