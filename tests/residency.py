@@ -96,12 +96,12 @@ def engine_of(
         memory = Memory(device="1GiB", disk=folder, unified=False)
     memory = arguments.pop("memory", memory)
     engine = Engine(case.model(), loss=case.loss, optimizer=OPTIMIZERS[optimizer], memory=memory, **arguments)
-    engine.plan = replace(engine.plan, prefetch=prefetch)
+    engine.plan = replace(engine.plan, prefetch=prefetch, cache_bytes=cache_bytes)
 
     def as_told(found: Any, _budgets: Any, assess: Any) -> Any:
         return assess(replace(found.plan, cache_bytes=cache_bytes, device_cache_bytes=device_cache_bytes or 0))
 
-    with mock.patch.object(fit, "_cache_more", as_told):
+    with mock.patch.object(fit, "cache_more", as_told):
         try:
             yield engine
         finally:
