@@ -18,6 +18,8 @@ __all__ = ["draw", "run"]
 
 _MIB = 1 << 20
 _PROCESS_MIB = 330  # of a process with torch and nothing else, about
+_EXCHANGE_MIB = 130  # of compiled kernels between ranks
+_EVERY = 5  # of so many triples one is of two ranks, each within the budget
 _NONE = Target(high=0.0)
 
 
@@ -36,10 +38,14 @@ def draw(seed: int, folder: str | None) -> Job:
     micro_batches = dice.choice((1, 2, 4))
     model["batch_size"] = micro_batches * dice.choice((1, 2))
     width, tokens = model["width"], model["num_tokens"]
+    num_ranks = 2 if seed % _EVERY == _EVERY - 1 else 1
+    model["batch_size"] *= num_ranks
     parameters = model["num_blocks"] * 12 * width**2 + 2 * tokens * width
-    budget = _PROCESS_MIB * _MIB + int(16 * parameters * dice.uniform(0.1, 1.3)) + dice.randint(0, 150) * _MIB
+    states = int(16 * parameters * dice.uniform(0.1, 1.3)) // num_ranks
+    budget = _PROCESS_MIB * _MIB + states + dice.randint(0, 150) * _MIB
+    budget += (num_ranks > 1) * (_EXCHANGE_MIB * _MIB + 8 * parameters // model["num_blocks"])
     activations = dice.choice((None, None, "keep", "recompute"))
-    return Job("engine", model, 2, micro_batches, budget, folder, activations=activations)
+    return Job("engine", model, 2, micro_batches, budget, folder, activations=activations, num_ranks=num_ranks)
 
 
 def run(options: Options, say: Callable[[str], None]) -> Findings:
@@ -88,9 +94,10 @@ def _is_over(job: Job, outcome: Outcome) -> bool:
 
 def _line(seed: int, job: Job, outcome: Outcome) -> str:
     assert job.budget_bytes is not None
+    ranks = f"{job.num_ranks} ranks, " if job.num_ranks > 1 else ""
     group, resident = (outcome.group_peak_bytes or 0) / _MIB, outcome.resident_peak_bytes / _MIB
     return (
-        f"{seed}: {job.model['num_blocks']} x {job.model['width']}, {job.model['num_tokens']} tokens, "
+        f"{seed}: {ranks}{job.model['num_blocks']} x {job.model['width']}, {job.model['num_tokens']} tokens, "
         f"{job.model['batch_size']}x{job.model['length']} in {job.micro_batches}, {job.activations or 'open'}; "
         f"budget {job.budget_bytes / _MIB:,.0f} MiB: {outcome.end}, resident {resident:,.0f}, "
         f"group {group:,.0f}, predicted {(outcome.predicted_bytes or 0) / _MIB:,.0f} MiB. {outcome.plan}"

@@ -214,6 +214,8 @@ def _against_deepspeed(
             "folder": folder,
             "host": host,
             "micro_batches": micro_batches,
+            "order": "by-unit",  # the disk has time left: activations may lie there too, and nothing is recomputed
+            "activations": "offload:disk",
         },
     )
     theirs = Contestant(

@@ -8,6 +8,7 @@ of one's own). No rlimit stands in for it: RLIMIT_AS counts addresses, not memor
 """
 
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ class MemoryCgroup:
     """
 
     def __init__(self, limit_bytes: int, root: Path = _ROOT) -> None:
-        name = f"outgrow-perf-{os.getpid()}"
+        name = f"outgrow-perf-{os.getpid()}-{threading.get_native_id()}"  # a thread has one at a time
         if (root / "memory" / "memory.limit_in_bytes").exists():
             self._is_v2, parent = False, root / "memory"
         elif "memory" in _words(root / "cgroup.controllers"):

@@ -1,4 +1,4 @@
-"""Training runs in a process of their own, inside a memory cgroup or free: a job in, an outcome out.
+"""Training runs in processes of their own, each inside a memory cgroup or free: a job in, an outcome out.
 
 Owns `Job`, `Outcome`, starting the process and telling how it ended. It does not own what the process does
 (`confined_work.py`) nor the cgroup (`cgroup.py`). It imports no torch: the process joins its group first, so that all
@@ -8,6 +8,8 @@ that torch takes is counted.
     makes the cgroup -- Job on stdin ------> writes its number to the group, then loads torch
                      <- a line an event ---- {"startup_s": 5.1, ...}, {"step_s": [2.3], ...}, ...
     reads how it ended, the group's peak, whether the kernel killed it; the last line is what it came to
+
+Of several ranks each has a process and a cgroup of its own, with the same limit.
 """
 
 import json
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from .cgroup import MemoryCgroup
 __all__ = ["Job", "Outcome", "last_outcome", "run_confined"]
 
 _TIMEOUT_S = 4 * 3600.0
+_WORST = ("trained", "refused", "failed", "killed")  # what a killed rank's peers fail with follows from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,12 @@ class Job:
         folder: for the disk tier; None: none.
         offload, activations: as the engine's arguments.
         join_file: of the cgroup to join; None: none.
+        num_ranks: processes that train together; each has its part of the batch.
+        rank: which of them a process is.
+        meeting_file: over which they find each other.
 
     Raises:
-        ValueError: another `who`, or no steps.
+        ValueError: another `who`, no steps, or several ranks of plain PyTorch.
     """
 
     who: str
@@ -53,8 +60,13 @@ class Job:
     offload: str | None = None
     activations: str | None = None
     join_file: str | None = None
+    num_ranks: int = 1
+    rank: int = 0
+    meeting_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.num_ranks < 1 or (self.who == "plain" and self.num_ranks > 1):
+            raise ValueError(f"the engine has ranks, plain PyTorch is one, got {self.who} on {self.num_ranks}")
         if self.who not in ("engine", "plain") or self.num_steps < 1:
             raise ValueError(f"a job is of the engine or of plain and has a step, got {self.who} {self.num_steps}")
 
@@ -101,11 +113,26 @@ class Outcome:
 
 
 def run_confined(job: Job, limit_bytes: int | None = None) -> Outcome:
-    """Run a job in a process of its own, in a fresh cgroup of `limit_bytes`, or free.
+    """Run a job, each of its ranks in a process and a fresh cgroup of `limit_bytes` of its own, or free. Of several
+    ranks: rank 0's outcome, or that of the one that fared worst, with the greatest peaks of all.
 
     Raises:
         CgroupUnavailable: no group can be made.
     """
+    if job.num_ranks == 1:
+        return _run_rank(job, limit_bytes)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(job.num_ranks) as pool:
+        ranks = [replace(job, rank=rank, meeting_file=f"{folder}/meeting") for rank in range(job.num_ranks)]
+        outcomes = list(pool.map(lambda each: _run_rank(each, limit_bytes), ranks))
+    groups = [outcome.group_peak_bytes for outcome in outcomes if outcome.group_peak_bytes is not None]
+    return replace(
+        max(outcomes, key=lambda outcome: _WORST.index(outcome.end)),
+        resident_peak_bytes=max(outcome.resident_peak_bytes for outcome in outcomes),
+        group_peak_bytes=max(groups, default=None),
+    )
+
+
+def _run_rank(job: Job, limit_bytes: int | None) -> Outcome:
     if limit_bytes is None:
         return _run(job)[0]
     with MemoryCgroup(limit_bytes) as group:
@@ -125,7 +152,7 @@ def _run(job: Job) -> tuple[Outcome, int]:
             stderr=errors,
             timeout=_TIMEOUT_S,
             check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": str(max(2 // job.num_ranks, 1)), "GLOO_SOCKET_IFNAME": "lo"},
         )
         errors.seek(0)
         tail = errors.read().decode(errors="replace").strip()[-1000:]

@@ -7,12 +7,14 @@ budget, and with plain PyTorch in distribution only.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Protocol
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..memory.allocator import return_blocks_at_once
@@ -28,6 +30,8 @@ from .models import GPT, GPTConfig, random_batches, token_loss
 from .peers import adamw
 
 __all__ = ["init", "work"]
+
+_EXCHANGE_TIMEOUT = timedelta(minutes=5)
 
 
 def init(module: nn.Module) -> None:
@@ -55,7 +59,27 @@ def work(job: Job) -> Iterator[Outcome]:
     config = GPTConfig(**job.model)
     if job.folder is not None:
         return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
-    batches = random_batches(config)
+    whole = random_batches(config)
+
+    def batches(index: int) -> tuple[Tensor, Tensor]:
+        """This rank's part."""
+        inputs, targets = (tensor.chunk(job.num_ranks)[job.rank] for tensor in whole(index))
+        return inputs, targets
+
+    if job.num_ranks > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job.meeting_file}",
+            rank=job.rank,
+            world_size=job.num_ranks,
+            timeout=_EXCHANGE_TIMEOUT,
+        )
+    yield from _train(job, config, batches)
+    if job.num_ranks > 1:
+        dist.destroy_process_group()
+
+
+def _train(job: Job, config: GPTConfig, batches: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[Outcome]:
     try:
         training: _Training = _Engine(job, config, batches(0)) if job.who == "engine" else _Plain(job, config)
     except DoesNotFit as error:

@@ -48,6 +48,8 @@ class EngineMember:
         folder: str | None,
         host: str | None = None,
         micro_batches: int = 1,
+        order: str | None = None,
+        activations: str | None = None,
     ) -> None:
         if host is not None:
             return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
@@ -60,6 +62,8 @@ class EngineMember:
             memory=Memory(host=host, disk=folder),
             micro_batches=micro_batches,
             offload=offload,
+            order=order,
+            activations=activations,
             run_name=f"perf-{batch_size}x{length}",
         )
 
@@ -97,10 +101,12 @@ def engine(
     folder: str | None = None,
     host: str | None = None,
     micro_batches: int = 1,
+    order: str | None = None,
+    activations: str | None = None,
 ) -> EngineMember:
     """See `EngineMember`."""
     del rank
-    return EngineMember(config, batch_size, length, offload, folder, host, micro_batches)
+    return EngineMember(config, batch_size, length, offload, folder, host, micro_batches, order, activations)
 
 
 def disk(rank: Rank, folder: str) -> DiskMember:

@@ -60,3 +60,13 @@ def test_random_models_within_random_budgets(folder: str, seed: int) -> None:
     outcome = confined(job)
     assert outcome.end in ("trained", "refused"), outcome
     assert outcome.end == "refused" or within(job, outcome), outcome
+
+
+def test_two_ranks_each_within_the_budget(folder: str) -> None:
+    free = run_confined(Job("engine", MODEL, 2, 2, num_ranks=2))
+    tight = Job("engine", MODEL, 2, 2, 720 * MIB, folder, num_ranks=2)
+    outcome = confined(tight)
+    assert outcome.end == "trained", outcome.message
+    assert within(tight, outcome), outcome
+    assert outcome.losses == free.losses
+    assert sum(outcome.read_bytes) > 0

@@ -86,3 +86,24 @@ def test_a_real_process_is_refused_what_does_not_fit(tmp_path: Path) -> None:
     outcome = run_confined(Job("engine", MODEL, 1, budget_bytes=50 << 20, folder=str(tmp_path)))
     assert outcome.end == "refused", outcome
     assert "budget" in outcome.message
+
+
+def test_of_several_ranks_the_worst_counts_and_the_greatest_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {0: "failed", 1: "killed", 2: "trained"}
+    meetings = set()
+
+    def run(job: Job, limit_bytes: int | None) -> Outcome:
+        assert limit_bytes == 1000
+        assert job.num_ranks == 3
+        meetings.add(job.meeting_file)
+        peak_bytes = 100 * (3 - job.rank)
+        return Outcome(end=ends[job.rank], resident_peak_bytes=peak_bytes, group_peak_bytes=peak_bytes, losses=(1.0,))
+
+    monkeypatch.setattr(confined, "_run_rank", run)
+    outcome = run_confined(Job("engine", MODEL, 1, num_ranks=3), 1000)
+    assert (outcome.end, outcome.resident_peak_bytes, outcome.group_peak_bytes) == ("killed", 300, 300)
+    assert len(meetings) == 1
+    ends.update({0: "trained", 1: "trained"})
+    assert run_confined(Job("engine", MODEL, 1, num_ranks=3), 1000).end == "trained"
+    with pytest.raises(ValueError, match="got plain on 2"):
+        Job("plain", MODEL, 1, num_ranks=2)
