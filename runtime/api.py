@@ -123,7 +123,8 @@ class Runtime:
             offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters
                 too); "host": nothing, but all of it on the host of a device with memory of its own, where "none" leaves
                 it on the device; None: what does not fit into the budgets.
-            activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a word for each; None:
+            activations: "keep", "recompute", "recompute:selective" (all but matrix products and attention, whose
+                outputs are kept), "offload:host" or "offload:disk", for all units or a word for each; None:
                 kept where they fit.
             order: of micro-batches: "sequential" or "by-unit" (all of them through a unit before the next one, so that
                 what lies on disk moves once a step); None: as it fits.

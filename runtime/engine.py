@@ -53,8 +53,9 @@ class Engine(PreparedEngine):
         offload: what lies on the disk of `memory`: "none", "optimizer" (slots and masters), "all" (parameters too);
             "host": nothing, but all of it on the host of a device with memory of its own, where "none" leaves it on
             the device; None: as much as does not fit into the budgets.
-        activations: of units: "keep", "recompute", "offload:host", "offload:disk"; one word for all units, or one for
-            each; None: "keep" where it fits.
+        activations: of units: "keep", "recompute", "recompute:selective" (all but matrix products and attention, whose
+            outputs are kept), "offload:host", "offload:disk"; one word for all units, or one for each; None: "keep"
+            where it fits.
         order: of micro-batches: "sequential" or "by-unit"; None: the leaner one where the budget asks for it.
         update: "after" or "backward" (a chunk as soon as its gradients are complete); None: "backward" where nothing
             waits for the global gradient norm and something is on disk.

@@ -109,9 +109,9 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 def recompute_units(units: Sequence[Unit], plan: Plan) -> list[Recomputed]:
     """Wrap the units that are recomputed."""
     return [
-        Recomputed(unit.module, unit.name).install()
+        Recomputed(unit.module, unit.name, plan.activations_of(index) is Activations.SELECTIVE).install()
         for index, unit in enumerate(units)
-        if plan.activations_of(index) is Activations.RECOMPUTE
+        if plan.activations_of(index).is_recomputed
     ]
 
 

@@ -1,4 +1,5 @@
-"""Recomputing a unit: its forward saves nothing but its inputs, and runs once more when backward comes to it.
+"""Recomputing a unit: its forward saves nothing but its inputs, and runs once more when backward comes to it; or, where
+it is selective, all of it but matrix products and attention, whose outputs are kept (`scheduler/selective.py`).
 
 Owns wrapping a module's `forward` in torch's non-reentrant checkpoint, and what torch's leaves open: buffers are not
 updated twice, and inputs are held by saved-tensor hooks wherever in the arguments they stand. Does not own which units
@@ -7,6 +8,7 @@ units, which stay outside: a recomputation is no run of the unit.
 """
 
 import functools
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..memory.errors import OutgrowError
+from ..scheduler.selective import selective_contexts
 
 __all__ = ["Recomputed"]
 
@@ -34,10 +37,12 @@ class Recomputed:
     Args:
         module: the unit. Copies of it made meanwhile recompute as well, each its own forward.
         name: for errors.
+        is_selective: whether outputs of matrix products and attention stay, and only the cheap rest runs again.
     """
 
-    def __init__(self, module: nn.Module, name: str = "") -> None:
+    def __init__(self, module: nn.Module, name: str = "", is_selective: bool = False) -> None:
         self._module = module
+        self._is_selective = is_selective
         self._name = name or type(module).__name__
         self._before: Any = None
 
@@ -46,7 +51,7 @@ class Recomputed:
         own = self._module.__dict__
         assert not isinstance(own.get("forward"), _Forward), f"{self._name} is recomputed already"
         self._before = own.get("forward")
-        own["forward"] = _Forward(self._module, self._module.forward, self._name)
+        own["forward"] = _Forward(self._module, self._module.forward, self._name, self._is_selective)
         return self
 
     def remove(self) -> None:
@@ -70,9 +75,10 @@ class Recomputed:
 class _Forward:
     """Stands in the module's place for its `forward`."""
 
-    def __init__(self, module: nn.Module, forward: Any, name: str) -> None:
+    def __init__(self, module: nn.Module, forward: Any, name: str, is_selective: bool) -> None:
         functools.update_wrapper(self, forward)  # signatures are looked at
         self._forward = forward
+        self._is_selective = is_selective
         self.name = name
         self.modules = list(module.named_modules())
         self.changing: set[str] = set()  # buffers that some forward has changed
@@ -95,10 +101,16 @@ class _Forward:
                 own_args, own_kwargs = tree_unflatten(again, structure)
             return self._forward(*own_args, **own_kwargs)
 
+        return checkpoint(run, *tensors, use_reentrant=False, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """What a forward runs in, and what its recomputation runs in."""
         before = _BuffersBefore(self)
-        return checkpoint(
-            run, *tensors, use_reentrant=False, context_fn=lambda: (before, _BuffersAgain(before, self.name))
-        )
+        again = _BuffersAgain(before, self.name)
+        if not self._is_selective:
+            return before, again
+        keeping, giving_back = selective_contexts()
+        return _Both(before, keeping), _Both(again, giving_back)
 
 
 def _is_without_values(tensor: torch.Tensor) -> bool:
@@ -114,6 +126,23 @@ class _Buffer:
     tensor: torch.Tensor
     version: int
     value: torch.Tensor | None
+
+
+class _Both:
+    """Two contexts, the second inside the first; may be entered several times, one after the other."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self._outer, self._inner = outer, inner
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self._outer)
+            stack.enter_context(self._inner)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 class _BuffersBefore:

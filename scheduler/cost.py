@@ -29,6 +29,8 @@ class UnitSeconds:
         backward_s: whole.
         weight_s: the part of `backward_s` that makes gradients of weights.
         recompute_s: of running it once more before its backward.
+        selective_s: likewise of what selective recomputation runs again, and of keeping the rest; None: not measured,
+            and taken for as much as all of it.
 
     Raises:
         ValueError: a negative number.
@@ -38,9 +40,10 @@ class UnitSeconds:
     backward_s: float
     weight_s: float
     recompute_s: float
+    selective_s: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.forward_s, self.backward_s, self.weight_s, self.recompute_s) < 0:
+        if min(self.forward_s, self.backward_s, self.weight_s, self.recompute_s, self.selective_s or 0.0) < 0:
             raise ValueError(f"{self}: seconds cannot be negative")
 
 
@@ -110,20 +113,27 @@ class Costs:
             case _:
                 return 0.0, {}
 
+    def _again_s(self, run: int) -> float:
+        """What a unit's backward takes beside itself."""
+        unit = self.profile.units[run]
+        word = self.plan.activations_of(self.shape.units[run].unit)
+        if word is Activations.SELECTIVE and unit.selective_s is not None:
+            return unit.selective_s
+        return unit.recompute_s if word.is_recomputed else 0.0
+
     def _compute(self, instruction: Instruction) -> float:
         kind, run = instruction.action.kind, instruction.action.index
         assert run is not None
         unit = self.profile.units[run]
-        recomputed = self.plan.activations_of(self.shape.units[run].unit) is Activations.RECOMPUTE
         match kind:
             case Kind.F:
                 # The loss, and its backward up to the last unit's, go on until that begins.
                 is_last = run == len(self.shape.units) - 1
                 return unit.forward_s + is_last * (self.profile.loss_s + self.profile.loss_backward_s)
             case Kind.B:
-                return unit.backward_s + recomputed * unit.recompute_s
+                return unit.backward_s + self._again_s(run)
             case Kind.I:
-                return unit.backward_s - unit.weight_s + recomputed * unit.recompute_s
+                return unit.backward_s - unit.weight_s + self._again_s(run)
             case Kind.W:
                 return unit.weight_s
             case _:

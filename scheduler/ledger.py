@@ -16,6 +16,8 @@ from .plan import Activations, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 from .trace import Phase
 
+_KEEPING = {Activations.RECOMPUTE: Keeping.RECOMPUTE, Activations.SELECTIVE: Keeping.SELECTIVE}
+
 __all__ = ["ActivationWalk", "HostFigures", "Ledger", "host_ledger", "keeping"]
 
 
@@ -133,8 +135,8 @@ def keeping(program: Program, shape: StepShape, plan: Plan) -> list[Keeping]:
     moved = {action.index for action in program.actions(Kind.SAVE)}
     policies: list[Keeping] = []
     for run, use in enumerate(shape.units):
-        recomputes = plan.activations_of(use.unit) is Activations.RECOMPUTE
-        policies.append(Keeping.OFFLOAD if run in moved else Keeping.RECOMPUTE if recomputes else Keeping.KEEP)
+        word = plan.activations_of(use.unit)
+        policies.append(Keeping.OFFLOAD if run in moved else _KEEPING.get(word, Keeping.KEEP))
     return policies
 
 

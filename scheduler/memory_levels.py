@@ -20,6 +20,7 @@ class Keeping(StrEnum):
 
     KEEP = "keep"
     RECOMPUTE = "recompute"  # its inputs stay, it runs again
+    SELECTIVE = "selective"  # so do its matrix products and attention, the rest of it runs again
     OFFLOAD = "offload"  # it is moved away, and comes back
 
 
@@ -67,12 +68,18 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
     for position, phase in enumerate(profile.order):
         live = [_is_live(life, position, place, policies) for life in profile.storages]
         base = sum(life.num_bytes for life, is_live in zip(profile.storages, live, strict=True) if is_live)
+        base += sum(
+            unit.kept_beside_bytes
+            for run, unit in enumerate(profile.units)
+            if policies[run] is Keeping.SELECTIVE and place["F", run] < position <= place.get(("B", run), -1)
+        )
         begins.append(base)
         kind, run = phase
         memory = _memory(profile, phase)
         rise, summing_rise, growth = memory.peak_bytes, memory.summing_peak_bytes, memory.churn_bytes
         if kind == "F" and policies[run] is not Keeping.KEEP:
-            rise = memory.unsaved_peak_bytes
+            is_selective = policies[run] is Keeping.SELECTIVE
+            rise = memory.selective_peak_bytes if is_selective else memory.unsaved_peak_bytes
             if policies[run] is Keeping.OFFLOAD:
                 rise += profile.units[run].saved_bytes
             summing_rise = rise
@@ -82,10 +89,12 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
                 for life, is_live in zip(profile.storages, live, strict=True)
                 if run in life.saved_by and not is_live and not (in_buffers and policies[run] is Keeping.OFFLOAD)
             )
-            again = profile.units[run].recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
+            unit = profile.units[run]
+            again = unit.recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
+            again = unit.selective_again_bytes if policies[run] is Keeping.SELECTIVE else again
             rise, summing_rise = max(back + rise, again), max(back + summing_rise, again)
-            is_again = policies[run] is Keeping.RECOMPUTE
-            growth += profile.units[run].recompute_churn_bytes if is_again else back
+            is_again = policies[run] in (Keeping.RECOMPUTE, Keeping.SELECTIVE)
+            growth += unit.recompute_churn_bytes if is_again else back
         elif phase == ("loss", 0) and growths:
             growths[-1] += growth
             growth = 0
@@ -137,5 +146,7 @@ def _is_live(life: StorageLife, position: int, place: dict[Phase, int], policies
     if life.saved_between and life.released_in is not None and place[life.released_in] >= position:
         return True
     keepers = [run for run in life.saved_by if policies[run] is Keeping.KEEP]
-    keepers += [run for run in life.passed_to if policies[run] is Keeping.RECOMPUTE]
+    keepers += [run for run in life.passed_to if policies[run] in (Keeping.RECOMPUTE, Keeping.SELECTIVE)]
+    if life.kept_by is not None and policies[life.kept_by] is Keeping.SELECTIVE:
+        keepers.append(life.kept_by)
     return any(place["F", run] < position <= place.get(("B", run), -1) for run in keepers)

@@ -40,6 +40,7 @@ class StorageLife:
         saved_between: whether code outside of every unit saved it: it stays whatever the units' policies are.
         released_in: the phase in which autograd let go of it, None where it was not saved.
         passed_to: unit runs that were given it: what recomputing them needs.
+        kept_by: the unit run that made it and keeps it where it is recomputed selectively.
     """
 
     num_bytes: int
@@ -49,6 +50,7 @@ class StorageLife:
     saved_between: bool
     released_in: Phase | None
     passed_to: tuple[int, ...]
+    kept_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class UnitMemory:
         saved_input_bytes: the part of `saved_bytes` that the unit did not make itself.
         input_bytes: the sum over `inputs`: what recomputing the unit keeps.
         output_bytes: of what it returned and made itself.
+        selective_again_bytes: as `recompute_peak_bytes`, of running again what selective recomputation does not keep.
+        kept_beside_bytes: of what that keeps and is not among `MemoryProfile.storages`, since nothing else needs it.
     """
 
     name: str
@@ -82,6 +86,8 @@ class UnitMemory:
     saved_input_bytes: int
     input_bytes: int
     output_bytes: int
+    selective_again_bytes: int = 0
+    kept_beside_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ def _profile(trace: Trace, watch: StorageWatch, how: str, names: Sequence[str]) 
             None in storage.saved_by,
             replay.released_in.get(id(storage)),
             tuple(storage.passed_to),
+            storage.kept_by,
         )
         for storage in replay.lasting
     )
@@ -171,6 +178,11 @@ def _profile(trace: Trace, watch: StorageWatch, how: str, names: Sequence[str]) 
         for run in storage.returned_by:
             if storage.phase == ("F", run):
                 made_by[run] = made_by.get(run, 0) + round_up(storage.num_bytes)
+    lasting = {id(storage) for storage in replay.lasting}
+    beside: dict[int, int] = {}
+    for storage in watch.records:
+        if storage.kept_by is not None and id(storage) not in lasting:
+            beside[storage.kept_by] = beside.get(storage.kept_by, 0) + round_up(storage.num_bytes)
     owned: dict[int, list[int]] = {}
     given: dict[int, list[int]] = {}
     for number, life in enumerate(lives):
@@ -179,7 +191,17 @@ def _profile(trace: Trace, watch: StorageWatch, how: str, names: Sequence[str]) 
         for run in life.passed_to:
             given.setdefault(run, []).append(number)
     units = tuple(
-        _unit(name, call.unit, run, replay, lives, owned.get(run, ()), given.get(run, ()), made_by.get(run, 0))
+        _unit(
+            name,
+            call.unit,
+            run,
+            replay,
+            lives,
+            owned.get(run, ()),
+            given.get(run, ()),
+            made_by.get(run, 0),
+            beside.get(run, 0),
+        )
         for run, (name, call) in enumerate(zip(names, trace.calls, strict=True))
     )
     return MemoryProfile(
@@ -207,6 +229,7 @@ def _unit(
     owned: Sequence[int],
     given: Sequence[int],
     output_bytes: int,
+    kept_beside_bytes: int,
 ) -> UnitMemory:
     return UnitMemory(
         name=name,
@@ -221,4 +244,6 @@ def _unit(
         saved_input_bytes=sum(lives[number].num_bytes for number in owned if lives[number].made_in != ("F", run)),
         input_bytes=sum(lives[number].num_bytes for number in given),
         output_bytes=output_bytes,
+        selective_again_bytes=replay.selective_again_bytes.get(run, 0),
+        kept_beside_bytes=kept_beside_bytes,
     )

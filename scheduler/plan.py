@@ -46,13 +46,19 @@ class Activations(StrEnum):
     """What happens, between forward and backward, to the tensors that autograd saves inside a unit."""
 
     KEEP = "keep"
-    RECOMPUTE = "recompute"
+    RECOMPUTE = "recompute"  # all but the unit's inputs
     OFFLOAD_HOST = "offload:host"
     OFFLOAD_DISK = "offload:disk"
+    SELECTIVE = "recompute:selective"  # all but its inputs and the outputs of matrix products and attention
 
     @property
     def is_offloaded(self) -> bool:
         return self in (Activations.OFFLOAD_HOST, Activations.OFFLOAD_DISK)
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether units run again, whole or in part, before their backward."""
+        return self in (Activations.RECOMPUTE, Activations.SELECTIVE)
 
 
 class MicroBatchOrder(StrEnum):

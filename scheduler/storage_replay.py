@@ -30,6 +30,7 @@ class PhaseMemory:
         summing_peak_bytes: with each gradient from its making until it is added to a sum that lies elsewhere.
         collecting_peak_bytes: with every gradient made in this phase until the phase's end.
         unsaved_peak_bytes: of what the phase itself makes, if autograd saved nothing of it.
+        selective_peak_bytes: likewise, but outputs of matrix products and attention stay to its end.
         left_bytes: level at its end less that at its begin, without gradients; may be negative.
         gradient_bytes: of the parameters' gradients that it made.
         churn_bytes: everything that it makes added up, gradients too: what a heap grows by at the most where nothing
@@ -43,6 +44,7 @@ class PhaseMemory:
     left_bytes: int = 0
     gradient_bytes: int = 0
     churn_bytes: int = 0
+    selective_peak_bytes: int = 0
 
 
 class _Level:
@@ -77,6 +79,7 @@ class Replay:
         dropped_in, released_in: id of a lasting record -> the phase in which its last reference, or saving, ended.
         recompute_peak_bytes: unit run -> peak of its own storages up to its end, with everything saved.
         recompute_churn_bytes: unit run -> all that it makes, added up.
+        selective_again_bytes: likewise of those that it does not keep where it is recomputed selectively.
         peak_bytes, summing_peak_bytes, collecting_peak_bytes: of the whole pass.
     """
 
@@ -87,9 +90,12 @@ class Replay:
         self.released_in: dict[int, Phase] = {}
         self.recompute_peak_bytes: dict[int, int] = {}
         self.recompute_churn_bytes: dict[int, int] = {}
+        self.selective_again_bytes: dict[int, int] = {}
         self._keep, self._own, self._unsaved = _Level(), _Level(), _Level()
+        self._selective, self._again = _Level(), _Level()
         self._summing, self._collecting, self._staying = _Level(), _Level(), _Level()
-        self._all = (self._keep, self._own, self._unsaved, self._summing, self._collecting, self._staying)
+        self._from_zero = (self._own, self._unsaved, self._selective, self._again)
+        self._all = (self._keep, self._summing, self._collecting, self._staying, *self._from_zero)
         self._referred: dict[int, int] = {}
         self._saved: dict[int, int] = {}
         self._born: dict[int, Record] = {}  # in this phase, and alive
@@ -103,6 +109,7 @@ class Replay:
             elif event is Event.LEFT:
                 self.recompute_peak_bytes[payload] = self._own.rise
                 self.recompute_churn_bytes[payload] = self._made_bytes
+                self.selective_again_bytes[payload] = self._again.rise
             elif event is Event.WORKSPACE:
                 self._made_bytes += payload
                 for level in self._all:
@@ -129,6 +136,8 @@ class Replay:
             self._referred[key] = self._referred.get(key, 0) + 1
             if is_own and self._referred[key] == 1:
                 self._unsaved.add(num_bytes)
+                if record.kept_by is None or event is Event.MADE:
+                    self._selective.add(num_bytes)
         elif event is Event.UNREFERRED:
             self._referred[key] -= 1
             if not self._referred[key]:
@@ -136,6 +145,8 @@ class Replay:
                 self.dropped_in.setdefault(key, self._phase)  # a tensor remade in backward comes and goes later
             if is_own and key not in self._referred:
                 self._unsaved.add(-num_bytes)
+                if record.kept_by is None:
+                    self._selective.add(-num_bytes)
         elif event is Event.SAVED:
             self._saved[key] = self._saved.get(key, 0) + 1
         elif event is Event.RELEASED:
@@ -153,6 +164,8 @@ class Replay:
             level.add(change)
         if is_own:
             self._own.add(change)
+            if record.kept_by is None or record.is_rewritten:
+                self._again.add(change)
 
     def _happen_to_gradient(self, event: Event, num_bytes: int) -> None:
         if event is Event.MADE:
@@ -174,10 +187,11 @@ class Replay:
                 self._keep.now - self._keep.begin,
                 self._complete_bytes,
                 self._made_bytes,
+                self._selective.rise,
             )
         self.lasting.extend(self._born.values())
         self._born = {}
         self._collecting.add(-self._complete_bytes)
         self._complete_bytes = self._made_bytes = 0
         for level in self._all:
-            level.start(0 if level in (self._own, self._unsaved) else None)
+            level.start(0 if level in self._from_zero else None)

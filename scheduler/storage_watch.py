@@ -41,6 +41,8 @@ class Record:
         saved_by: unit runs that saved it, in order; None stands for code outside of every unit.
         passed_to: unit runs that were given it.
         returned_by: unit runs that returned it.
+        kept_by: the unit run that keeps it where it is recomputed selectively.
+        is_rewritten: whether it is kept in vain: it was written to after that unit's end.
         is_gradient: of a parameter.
         num_notes: how often it is saved now.
         remade: what stands for it in backward, until it is not saved any more.
@@ -51,6 +53,8 @@ class Record:
     saved_by: list[int | None] = field(default_factory=list)
     passed_to: list[int] = field(default_factory=list)
     returned_by: list[int] = field(default_factory=list)
+    kept_by: int | None = None
+    is_rewritten: bool = False
     is_gradient: bool = False
     num_notes: int = 0
     remade: torch.Tensor | None = None
@@ -124,6 +128,21 @@ class StorageWatch:
         if record is not None:
             record.num_bytes = max(record.num_bytes, storage.nbytes())
         return record
+
+    def keep(self, record: Record | None) -> None:
+        """The running unit would keep it, if it were recomputed selectively."""
+        if record is not None and self._unit is not None and record.phase == ("F", self._unit):
+            record.kept_by = self._unit
+
+    def changed(self, record: Record | None) -> None:
+        """It was written to: what it was is not there any more. The unit that made it will not keep it then; where
+        others wrote to it, it does keep it, and yet has to make it again."""
+        if record is None or record.kept_by is None:
+            return
+        if record.kept_by == self._unit:
+            record.kept_by = None
+        else:
+            record.is_rewritten = True
 
     def gradient(self, tensor: torch.Tensor) -> None:
         record = self.find(tensor)

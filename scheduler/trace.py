@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..parallel.units import Unit
+from .selective import is_kept
 from .storage_watch import StorageWatch
 from .twin import Shapes, Twin, fake_twin, meta_twin
 from .workspace import hidden_bytes, library_bytes, workspace_bytes
@@ -264,8 +265,13 @@ class _Recorder(TorchDispatchMode):
         if self.watch is not None:
             made = _tensors(result)
             larger = hidden_bytes(func, args)
+            stays, is_write = is_kept(func, args), func._schema.is_mutable
             for position, leaf in enumerate(made):
-                self.watch.made(leaf, larger.get(position, 0))
+                storage = self.watch.made(leaf, larger.get(position, 0))
+                if is_write:
+                    self.watch.changed(storage)
+                elif stays:
+                    self.watch.keep(storage)
             self.watch.library(library_bytes(func, args))
             if extra := workspace_bytes(func, args, made):
                 self.watch.workspace(extra)

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 from models import CASES
 from unit_runs import POLICIES, FarTier, UnitRuns, plain_bits
+
+from outgrow import Engine
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -31,3 +34,17 @@ def test_without_moving_parameters_their_views_are_not_stored_either() -> None:
     assert (
         UnitRuns("gpt", ("offload:host",)).step().sizes == UnitRuns("gpt", ("offload:host",), moves=True).step().sizes
     )
+
+
+def test_an_engine_that_recomputes_selectively_trains_with_the_same_bits() -> None:
+    case, found = CASES["gpt"], {}
+    words = ("keep", "recompute:selective", "recompute", "recompute:selective", "keep", "recompute:selective")
+    for activations in ("keep", "recompute:selective", words):
+        engine = Engine(case.model(), loss=case.loss, activations=activations)
+        losses = [engine.step(case.batch(step, 4)).loss for step in range(3)]
+        found[activations] = losses, {name: value.clone() for name, value in engine.state_dict().items()}
+        engine.close()
+    losses, weights = found["keep"]
+    for other_losses, other_weights in found.values():
+        assert other_losses == losses
+        assert all(torch.equal(weights[name], value) for name, value in other_weights.items())

@@ -18,7 +18,7 @@ from outgrow.memory.disk import DiskStore, ExtentSpec
 from outgrow.parallel.units import find_units
 from outgrow.runtime.recompute import Recomputed
 
-POLICIES = ("keep", "recompute", "offload:host", "offload:disk")
+POLICIES = ("keep", "recompute", "offload:host", "offload:disk", "recompute:selective")
 WITH_DROPOUT: dict[str, Callable[[], nn.Module]] = {
     "gpt": lambda: GPT(dropout=0.2),
     "gpt-tied": lambda: GPT(tied=True, dropout=0.2),
@@ -155,8 +155,9 @@ class UnitRuns:
         for number, unit in enumerate(self.units):
             handles.append(unit.module.register_forward_pre_hook(self._before))
             handles.append(unit.module.register_forward_hook(self._after))
-            if self.policies[number % len(self.policies)] == "recompute":
-                recomputed.append(Recomputed(unit.module, unit.name).install())
+            policy = self.policies[number % len(self.policies)]
+            if policy.startswith("recompute"):
+                recomputed.append(Recomputed(unit.module, unit.name, policy.endswith("selective")).install())
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
         try:

@@ -40,7 +40,8 @@ class Counting(nn.Module):
 def test_recomputed_units_have_the_bits_of_plain_autograd(name: str) -> None:
     for moves, together in ((False, False), (True, True)):
         plain = plain_bits(name, together=together)
-        assert plain.differ(UnitRuns(name, ("recompute",), moves=moves, together=together).step()) == []
+        for policy in ("recompute", "recompute:selective"):
+            assert plain.differ(UnitRuns(name, (policy,), moves=moves, together=together).step()) == [], policy
 
 
 def test_parameters_that_move_between_forward_and_backward() -> None:

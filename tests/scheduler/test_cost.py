@@ -41,6 +41,17 @@ def test_recomputing_comes_with_the_backward() -> None:
     assert seconds("B1.0", plan) == 8.0
 
 
+def test_recomputing_selectively_takes_what_was_measured_of_it() -> None:
+    plan = replace(plan_of(TWO), activations=(Activations.SELECTIVE, Activations.SELECTIVE))
+    assert seconds("B0.0", plan) == 2.75, "not measured: as much as all of it"
+    units = tuple(replace(unit, selective_s=0.25) for unit in PROFILE.units)
+    costs = Costs(TWO, plan, replace(PROFILE, units=units), MACHINE, (2048, 1024))
+    assert costs(Instruction(Action.parse("B0.0"), Lane.COMPUTE)).seconds == 2.25
+    assert costs(Instruction(Action.parse("I1.0"), Lane.COMPUTE)).seconds == 5.25
+    with pytest.raises(ValueError, match="cannot be negative"):
+        replace(units[0], selective_s=-1.0)
+
+
 def test_the_disk() -> None:
     assert seconds("READ c0:param", lane=Lane.READ, num_bytes=PAGE) == 0.125 + 0.25
     assert seconds("READ c0:param", lane=Lane.READ) == 0, "it is there already"

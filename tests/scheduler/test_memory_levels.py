@@ -12,6 +12,7 @@ from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
 SAMPLES, DIM, WIDTH = 64, 16, 64
 X, WIDE = SAMPLES * DIM * 4, SAMPLES * WIDTH * 4
 KEEP, RECOMPUTE, OFFLOAD = Keeping.KEEP, Keeping.RECOMPUTE, Keeping.OFFLOAD
+SELECTIVE = Keeping.SELECTIVE
 
 
 class Block(nn.Module):
@@ -47,17 +48,39 @@ def test_what_lies_between_forward_and_backward_is_what_the_policies_keep():
     moved = begins(profile, OFFLOAD, OFFLOAD, OFFLOAD)
     assert moved["F", 1] == X
     assert moved["F", 2] == X, "the inputs are moved too, the running unit's own excepted"
+    selective = begins(profile, SELECTIVE, SELECTIVE, SELECTIVE)
+    assert selective["F", 1] == WIDE + X, "the wide product, not its sine; the other product is the next one's input"
+    assert selective["F", 2] == 2 * (WIDE + X)
     mixed = begins(profile, RECOMPUTE, KEEP, RECOMPUTE)
     assert mixed["F", 2] == X + 2 * WIDE + X
 
 
 def test_in_backward_everything_that_a_unit_saved_is_there():
     profile = chain(3)
-    for policy in (KEEP, RECOMPUTE, OFFLOAD):
+    for policy in (KEEP, RECOMPUTE, OFFLOAD, SELECTIVE):
         levels = levels_under(profile, [policy] * 3)
         place = levels.order.index(("B", 0))
         assert levels.top_bytes[place] >= 2 * WIDE + X, f"{policy}: what it saved, and a gradient"
         assert levels.summing_top_bytes[place] >= levels.top_bytes[place]
+
+
+def test_a_kept_product_that_nothing_else_needs_is_there_until_the_backward():
+    class Added(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    model = nn.Sequential(Added(), Added())
+    forward, batch = lambda m, x: m(x), torch.zeros(SAMPLES, DIM)
+    profile = measure_memory(model, find_units(model), forward, lambda out, _: out.sum(), batch)
+    assert [unit.kept_beside_bytes for unit in profile.units] == [X, X]
+    kept = begins(profile, SELECTIVE, SELECTIVE)
+    assert kept["F", 1] == WIDE + X + X, "the wide product, the one that was added, and the next one's input"
+    rerun = begins(profile, RECOMPUTE, RECOMPUTE)
+    assert {phase: kept[phase] - rerun[phase] for phase in kept} == {
+        **dict.fromkeys([("before", 0), ("F", 0)], 0),
+        **dict.fromkeys([("F", 1), ("B", 0)], WIDE + X),
+        **dict.fromkeys([("loss", 0), ("loss", 1), ("B", 1)], 2 * (WIDE + X)),
+    }
 
 
 def test_all_kept_is_the_profile_itself():

@@ -115,7 +115,8 @@ def test_activations_are_kept_where_nothing_is_said():
     assert plan.activations_of(2) is Activations.KEEP
     plan = replace(plan, activations=(Activations.KEEP, Activations.RECOMPUTE))
     assert plan.activations_of(1) is Activations.RECOMPUTE
-    assert [word.is_offloaded for word in Activations] == [False, False, True, True]
+    assert [word.is_offloaded for word in Activations] == [False, False, True, True, False]
+    assert [word.is_recomputed for word in Activations] == [False, True, False, False, True]
 
 
 def test_updates_inside_the_backward_cannot_wait_for_the_norm():
