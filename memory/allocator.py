@@ -24,6 +24,7 @@ __all__ = [
     "release_kernel_buffers",
     "return_blocks_at_once",
     "return_freed_blocks",
+    "uses_first_heap",
 ]
 
 _log = logging.getLogger(__name__)
@@ -89,6 +90,19 @@ def num_heaps() -> int:
         return 0
     finally:
         os.close(file)
+
+
+def uses_first_heap() -> bool:
+    """Whether the blocks of this thread come from the C library's first heap. It grows by `brk`, below all others."""
+    try:
+        library = ctypes.CDLL(None)
+        library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
+        block = ctypes.c_void_p(library.malloc(64 << 10))
+        end = library.sbrk(0)
+        library.free(block)
+    except AttributeError:
+        return False
+    return block.value is not None and end is not None and block.value < end
 
 
 class StepHeap:

@@ -133,7 +133,7 @@ class _Engine:
                 "parameters/optimizer on " + ", ".join(f"{home} of {count}" for home, count in homes.items()),
                 ", ".join(f"{word} {count}" for word, count in words.items()) or "keep all",
                 str(plan.order),
-                "freed blocks " + ("kept" if plan.keeps_freed else "returned"),
+                *(["freed blocks kept"] if plan.keeps_freed else []),
             ]
         )
 

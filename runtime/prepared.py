@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once
+from ..memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once, uses_first_heap
 from ..memory.budget import Memory
 from ..memory.errors import DoesNotFit
 from ..memory.tiers import open_tiers
@@ -303,8 +303,8 @@ class PreparedEngine(ABC):
     def _planned(self, planner: Planner, open_: Open, trace: Trace, part: Any) -> Planned:
         """The plan that fits, if there is one where freed blocks are kept; else where they are given back at once.
 
-        Kept is provable on one rank whose updates make no temporaries; micro-batches that take turns have threads of
-        their own, which must not have heaps of their own.
+        Kept is provable on one rank whose updates make no temporaries, in the first heap; micro-batches that take turns
+        have threads of their own, which must not have heaps of their own.
         """
         forward, loss = self._passage.forward, self._passage.call_loss
         one_heap = num_heaps() == 1
@@ -313,7 +313,7 @@ class PreparedEngine(ABC):
             and self.plan.unified
             and not self._is_ample
             and self._optimizer.is_fused
-            and (one_heap or self.plan.order is MicroBatchOrder.SEQUENTIAL)
+            and (one_heap or (uses_first_heap() and self.plan.order is MicroBatchOrder.SEQUENTIAL))
         ):
             kept = replace(self.plan, keeps_freed=True)
             try:

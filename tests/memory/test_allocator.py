@@ -7,7 +7,8 @@ from outgrow.memory.allocator import StepHeap
 
 _FAULTS = """
 import resource, torch
-from outgrow.memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once, return_freed_blocks
+from outgrow.memory.allocator import StepHeap, keep_freed_blocks, num_heaps
+from outgrow.memory.allocator import return_blocks_at_once, return_freed_blocks, uses_first_heap
 from outgrow.memory.process import peak_host_bytes, read_process_memory, reset_peak
 
 def faults(num_bytes=64 << 20):
@@ -47,7 +48,16 @@ for spare_mib in (200, 1 << 20):
         again = faults()
     print(peak_host_bytes(0) - begin, heap.num_returns, again, read_process_memory().resident_bytes - begin)
 heap.make_room(1 << 60)
-print(heap.num_returns, given_back, faults(), num_heaps())
+print(heap.num_returns, given_back, faults(), num_heaps(), int(uses_first_heap()))
+"""
+
+_THREADS = """
+import threading
+found = [num_heaps(), int(uses_first_heap())]
+thread = threading.Thread(target=lambda: found.extend((int(uses_first_heap()), num_heaps())))
+thread.start()
+thread.join()
+print(*found[:2], found[3], found[2])
 """
 
 
@@ -64,7 +74,7 @@ def test_blocks_that_were_freed_are_used_again() -> None:
 
 
 def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
-    tight, ample, [num_returns, given_back, after, num_heaps] = run(_STEP)
+    tight, ample, [num_returns, given_back, after, num_heaps, is_first] = run(_STEP)
     peak_bytes, tight_returns, kept, left_bytes = tight
     assert peak_bytes <= 200 << 20, "twelve phases made 1200 MiB"
     assert tight_returns > 0
@@ -73,7 +83,11 @@ def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
     assert ample[1] == num_returns == 0, "nothing had to be given back, and outside of a step nothing is"
     assert ample[2] < given_back / 10
     assert after > 1000, "between steps blocks go back at once"
-    assert num_heaps == 1
+    assert (num_heaps, is_first) == (1, 1)
+
+
+def test_a_thread_may_have_a_heap_of_its_own() -> None:
+    assert run(_THREADS) == [[1, 1, 2, 0]]
 
 
 def test_where_blocks_cannot_be_kept_nothing_is_asked(monkeypatch) -> None:
