@@ -198,7 +198,7 @@ def _levels(ledger: "Ledger", spans: Mapping[int, Span]) -> tuple[tuple[float, i
     levels = [(0.0, found[0][1] if found else ledger.peak_bytes)]
     for second, size in found:
         if levels[-1][0] == second:
-            levels[-1] = second, max(size, levels[-1][1])  # several actions that take no time
+            levels[-1] = second, size  # of several actions that take no time, the fullest: it comes last
         elif levels[-1][1] != size:
             levels.append((second, size))
     return tuple(levels)

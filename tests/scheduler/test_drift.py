@@ -72,6 +72,10 @@ def test_noise_as_before_is_no_drift() -> None:
     seconds = [0.5 * rng.choice((0.5, 0.8, 1.0, 1.15, 1.8)) for _ in range(400)]
     assert found(*reads(*seconds)) == []
     assert len(found(*reads(*seconds, *[each * 3 for each in seconds[:40]]))) == 1
+    wide = [0.3, 0.9] * WINDOW + [rng.uniform(0.2, 1.0) for _ in range(400)]
+    many = [wide[n : n + WINDOW] for n in range(2 * WINDOW, 400)]
+    assert any(sum(each > 0.5 * LIMIT for each in window) > 0.75 * WINDOW for window in many), "it looks like a drift"
+    assert found(*reads(*wide)) == []
 
 
 def test_a_lane_that_does_not_matter_is_not_reported() -> None:

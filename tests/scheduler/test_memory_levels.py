@@ -64,6 +64,13 @@ def test_in_backward_everything_that_a_unit_saved_is_there():
         assert levels.summing_top_bytes[place] >= levels.top_bytes[place]
 
 
+def test_a_kept_product_is_there_while_the_rest_of_its_unit_runs():
+    profile = chain(2)
+    tops = {policy: levels_under(profile, [policy] * 2).top_bytes[1] for policy in (KEEP, RECOMPUTE, SELECTIVE)}
+    assert profile.order[1] == ("F", 0)
+    assert tops == {KEEP: 2 * WIDE + X, RECOMPUTE: 2 * WIDE, SELECTIVE: 2 * WIDE + X}
+
+
 def test_a_kept_product_that_nothing_else_needs_is_there_until_the_backward():
     class Added(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
