@@ -127,6 +127,13 @@ class MemoryProfile:
         64."""
         return self.units[run].saved_bytes
 
+    def selective_bytes(self, run: int) -> int:
+        """What unit run `run` holds from forward to backward where it is recomputed selectively: its inputs, and the
+        outputs of its matrix products and attention."""
+        kept = {number for number, life in enumerate(self.storages) if life.kept_by == run}
+        numbers = kept | set(self.units[run].inputs)
+        return sum(self.storages[number].num_bytes for number in numbers) + self.units[run].kept_beside_bytes
+
 
 def measure_memory(
     model: nn.Module,

@@ -33,6 +33,8 @@ class Piece:
         forward_s, backward_s: of the unit.
         recompute_s: what recomputing adds.
         save_s, load_s: of its activations to the far tier and back.
+        selective_bytes, selective_peak_bytes, selective_s: as `input_bytes` and so on, where it recomputes selectively;
+            None: that is not known, and not chosen.
     """
 
     saved_bytes: int
@@ -45,18 +47,34 @@ class Piece:
     recompute_s: float
     save_s: float = 0.0
     load_s: float = 0.0
+    selective_bytes: int | None = None
+    selective_peak_bytes: int = 0
+    selective_s: float = 0.0
+
+    def allows(self, word: Activations) -> bool:
+        """Whether enough is known to choose it."""
+        return word is not Activations.SELECTIVE or self.selective_bytes is not None
 
     def held_bytes(self, word: Activations) -> int:
         """From forward to backward."""
         if word is Activations.KEEP:
             return self.saved_bytes
+        if word is Activations.SELECTIVE:
+            assert self.selective_bytes is not None, "what is not known is not chosen"
+            return self.selective_bytes
         return self.input_bytes if word is Activations.RECOMPUTE else 0
 
     def peak_bytes(self, word: Activations) -> int:
         """While it runs."""
         if word is Activations.KEEP:
             return self.keep_peak_bytes
+        if word is Activations.SELECTIVE:
+            return self.selective_peak_bytes
         return self.recompute_peak_bytes if word is Activations.RECOMPUTE else self.offload_peak_bytes
+
+    def again_s(self, word: Activations) -> float:
+        """What runs again before its backward."""
+        return {Activations.RECOMPUTE: self.recompute_s, Activations.SELECTIVE: self.selective_s}.get(word, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +136,7 @@ def choose_activations(
     words = [word for word in Activations if word in allowed]
     states = [_State(0, 0.0, 0.0, 0.0, 0.0, 0, ())]
     for piece in pieces:
-        following = [_after(state, piece, word) for state in states for word in words]
+        following = [_after(state, piece, word) for state in states for word in words if piece.allows(word)]
         states = _undominated([state for state in following if state.peak_bytes <= budget_bytes])
         if len(states) > most_states:
             states = [states[number * (len(states) - 1) // (most_states - 1)] for number in range(most_states)]
@@ -141,12 +159,9 @@ def _after(state: _State, piece: Piece, word: Activations) -> _State:
     """One unit more."""
     saving_s = max(0.0, state.saving_s - state.older_s - piece.forward_s)  # it waits for the older ones, and runs
     older_s = loading_s = 0.0
-    extra_s = state.extra_s + state.older_s
-    backward_s = piece.backward_s
-    if word is Activations.RECOMPUTE:
-        extra_s += piece.recompute_s
-        backward_s += piece.recompute_s
-    elif word is not Activations.KEEP:
+    extra_s = state.extra_s + state.older_s + piece.again_s(word)
+    backward_s = piece.backward_s + piece.again_s(word)
+    if word.is_offloaded:
         older_s, saving_s, loading_s = saving_s, saving_s + piece.save_s, piece.load_s
     extra_s += max(0.0, state.loading_s - backward_s)  # the load of the unit before goes on meanwhile
     return _State(

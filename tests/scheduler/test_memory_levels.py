@@ -80,6 +80,7 @@ def test_a_kept_product_that_nothing_else_needs_is_there_until_the_backward():
     forward, batch = lambda m, x: m(x), torch.zeros(SAMPLES, DIM)
     profile = measure_memory(model, find_units(model), forward, lambda out, _: out.sum(), batch)
     assert [unit.kept_beside_bytes for unit in profile.units] == [X, X]
+    assert [profile.selective_bytes(run) for run in (0, 1)] == [WIDE + X, WIDE + X + X], "the batch is not counted"
     kept = begins(profile, SELECTIVE, SELECTIVE)
     assert kept["F", 1] == WIDE + X + X, "the wide product, the one that was added, and the next one's input"
     rerun = begins(profile, RECOMPUTE, RECOMPUTE)

@@ -11,6 +11,7 @@ from outgrow.scheduler.plan import Activations
 from outgrow.scheduler.recompute import Choice, Piece, choose_activations, evaluate
 
 KEEP, RECOMPUTE, DISK = Activations.KEEP, Activations.RECOMPUTE, Activations.OFFLOAD_DISK
+SELECTIVE = Activations.SELECTIVE
 
 
 def random_chain(rng: random.Random, length: int) -> list[Piece]:
@@ -23,7 +24,8 @@ def random_piece(rng: random.Random) -> Piece:
     peaks = [saved + rng.randint(0, 10) for _ in range(3)]
     return Piece(
         saved, rng.randint(0, saved), *peaks, rng.randint(1, 5), rng.randint(1, 9), rng.randint(0, 6),
-        rng.randint(0, 9), rng.randint(0, 9),
+        rng.randint(0, 9), rng.randint(0, 9), rng.choice((None, rng.randint(0, saved))), saved + rng.randint(0, 10),
+        rng.randint(0, 6),
     )  # fmt: skip
 
 
@@ -45,19 +47,26 @@ def clocked(pieces: list[Piece], words: tuple[Activations, ...]) -> tuple[float,
             behind = index + 1
             hidden = 0.0
             if behind < len(pieces):
-                hidden = pieces[behind].backward_s + (words[behind] is RECOMPUTE) * pieces[behind].recompute_s
+                hidden = pieces[behind].backward_s + again(pieces[behind], words[behind])
             extra += max(0.0, piece.load_s - hidden)
-        extra += (word is RECOMPUTE) * piece.recompute_s
+        extra += again(piece, word)
     held, peak = 0, 0
     for piece, word in zip(pieces, words, strict=True):
         own = {KEEP: piece.keep_peak_bytes, RECOMPUTE: piece.recompute_peak_bytes, DISK: piece.offload_peak_bytes}
+        own[SELECTIVE] = piece.selective_peak_bytes
         peak = max(peak, held + own[word])
-        held += {KEEP: piece.saved_bytes, RECOMPUTE: piece.input_bytes, DISK: 0}[word]
+        after = {KEEP: piece.saved_bytes, RECOMPUTE: piece.input_bytes, DISK: 0, SELECTIVE: piece.selective_bytes}
+        held += after[word] or 0
     return extra, peak
 
 
+def again(piece: Piece, word: Activations) -> float:
+    return (word is RECOMPUTE) * piece.recompute_s + (word is SELECTIVE) * piece.selective_s
+
+
 def tried(pieces: list[Piece], budget: int, allowed: tuple[Activations, ...]) -> tuple[float, int] | None:
-    found = (clocked(pieces, words) for words in itertools.product(allowed, repeat=len(pieces)))
+    known = [[w for w in allowed if w is not SELECTIVE or piece.selective_bytes is not None] for piece in pieces]
+    found = (clocked(pieces, words) for words in itertools.product(*known))
     return min((each for each in found if each[1] <= budget), default=None)
 
 
@@ -65,7 +74,8 @@ def tried(pieces: list[Piece], budget: int, allowed: tuple[Activations, ...]) ->
 @given(st.integers(0, 2**32))
 def test_equal_to_trying_all(seed: int) -> None:
     rng = random.Random(seed)
-    allowed = rng.choice(((KEEP, RECOMPUTE), (KEEP, RECOMPUTE, DISK), (KEEP, DISK)))
+    two = ((KEEP, RECOMPUTE), (KEEP, DISK))
+    allowed = rng.choice((*two, (KEEP, RECOMPUTE, DISK), (KEEP, RECOMPUTE, SELECTIVE), (KEEP, SELECTIVE, DISK)))
     pieces = random_chain(rng, rng.randint(1, 6))
     budget = rng.randint(1, 20 * len(pieces))
     check(pieces, budget, allowed)
@@ -108,6 +118,14 @@ def test_cheap_bytes_are_recomputed_first_unlike_every_second_unit() -> None:
     assert found is not None
     assert found.extra_s == pytest.approx(0.75)
     assert all(word is KEEP for word in found.words[::2])
+
+
+def test_selective_recomputation_is_chosen_where_it_is_enough() -> None:
+    block = Piece(16, 1, 20, 21, 20, 1.0, 2.0, 1.0, selective_bytes=11, selective_peak_bytes=20, selective_s=0.25)
+    assert choose_activations([block] * 4, 60, (KEEP, RECOMPUTE)) == Choice((RECOMPUTE, KEEP, KEEP, KEEP), 53, 1.0)
+    found = choose_activations([block] * 4, 60, (KEEP, RECOMPUTE, SELECTIVE))
+    assert found is not None
+    assert (found.extra_s, found.words.count(SELECTIVE)) == (0.5, 2)
 
 
 def test_nothing_fits() -> None:
