@@ -7,22 +7,27 @@ own where there are four, as its blocks do not divide). Does not own what is mad
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..parallel.actions import Action
+from ..parallel.actions import Action, Kind
 from ..runtime.engine import Engine
+from ..scheduler.pipeline_data import StageCosts
+from ..scheduler.pipeline_program import Stages
 from ..scheduler.pipeline_timing import simulate
-from ..scheduler.stage_choice import costs_of, schedule_of
+from ..scheduler.stage_choice import schedule_of
+from ..scheduler.stage_refit import costs_of_spans, seconds_of_spans
 from .contestants import StepReport
 from .members import peak_rss_bytes, reset_peak_rss
 from .models import CONFIGS, GPT, Batches, build_gpt, token_loss
 from .peers import adamw, batches_of
 from .rank import Rank
+
+_END = 1 << 30  # more unit runs than any model has
 
 __all__ = ["PipelineTrainee", "outgrow", "torch_pipelining"]
 
@@ -33,14 +38,15 @@ class PipelineTrainee:
 
     Attributes:
         train: the global batch's (inputs, targets) -> its loss. Does one whole step.
-        timing: (seconds of the last step up to its update, the same as simulated from measured costs).
+        timing: (seconds of the last step up to its update, the same as simulated from costs of actions, bytes that were
+            kept for backward passes, the same by the schedule).
     """
 
     rank: Rank
     batches: Batches
     train: Callable[[Tensor, Tensor], float]
     finish: Callable[[], None] = lambda: None
-    timing: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+    timing: Callable[[], tuple[float, float, int, float]] = lambda: (0.0, 0.0, 0, 0.0)
     remark: Callable[[], str] = lambda: ""
 
     def step(self, index: int) -> StepReport:
@@ -52,7 +58,7 @@ class PipelineTrainee:
         loss = self.train(inputs, targets)
         return StepReport(time.perf_counter() - started, loss, peak_rss_bytes())
 
-    def times(self) -> tuple[float, float]:
+    def times(self) -> tuple[float, float, int, float]:
         return self.timing()
 
     def describe(self) -> str:
@@ -69,14 +75,39 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
         pipeline=rank.count, schedule=schedule,
     )  # fmt: skip
 
-    def train(inputs: Tensor, targets: Tensor) -> float:
-        return engine.step((inputs, targets)).loss
+    costs: list[StageCosts] = []  # of the second step: the first one makes what the others find
+    steps = 0
 
-    def timing() -> tuple[float, float]:
-        assert engine.plan.pipeline is not None
+    def train(inputs: Tensor, targets: Tensor) -> float:
+        nonlocal steps
+        loss = engine.step((inputs, targets)).loss
+        steps += 1
+        if steps == 2:
+            costs.append(fitted())
+        return loss
+
+    def fitted() -> StageCosts:
+        plan = engine.plan.pipeline
+        assert plan is not None
+        stages = Stages(plan.starts, _END, plan.placement, ())
+        found: list[Any] = [None] * rank.count
+        dist.all_gather_object(found, seconds_of_spans(engine.timeline.spans, stages))
+        return costs_of_spans(found, len(plan.placement))
+
+    def timing() -> tuple[float, float, int, float]:
+        plan = engine.plan.pipeline
+        assert plan is not None
         spans = [span for span in engine.timeline.spans if Action.parse(span.action).kind.is_compute]
-        expected = simulate(schedule_of(engine.plan.pipeline, micro_batches), costs_of(engine.plan.pipeline))
-        return max(span.end_s for span in spans), expected.makespan_s
+        order = schedule_of(plan, micro_batches)
+        saved = dict.fromkeys(range(len(plan.placement)), 0.0)
+        before = 0
+        for action, now in engine.saved_levels:
+            if action.kind is Kind.F and action.index is not None:
+                saved[action.index] = max(saved[action.index], now - before)
+            before = now
+        expected = simulate(order, replace(costs[0], activations=tuple(saved.values())))
+        kept = max(now for _, now in engine.saved_levels)
+        return max(span.end_s for span in spans), expected.makespan_s, kept, expected.peak_activations[rank.index]
 
     def remark() -> str:
         assert engine.plan.pipeline is not None

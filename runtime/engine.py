@@ -136,6 +136,12 @@ class Engine(PreparedEngine):
             self._pipeline.passes.peak_bytes if self._pipeline is not None else None,
         )
 
+    @property
+    def saved_levels(self) -> list[tuple[Action, int]]:
+        """In a pipeline: every action of the last step's schedule on this rank, and the bytes that were kept for
+        backward passes behind it, read off the storages; empty elsewhere."""
+        return [] if self._pipeline is None else list(self._pipeline.passes.levels)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Full weights and buffers on the host, by the model's own names, tied ones under each. Collective."""
         self._end_last_step()

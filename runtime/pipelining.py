@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..memory.chunk import ChunkLayout
-from ..parallel.actions import Action, Kind
+from ..parallel.actions import Action
 from ..parallel.mail import Mail, SharedMail
 from ..parallel.mesh import Mesh
 from ..parallel.message_mail import MessageMail
@@ -29,6 +29,7 @@ from ..scheduler.plan import Activations, PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
 from ..scheduler.rank_check import check_ranks
 from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
+from ..scheduler.stage_memory import StageMemory
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
@@ -39,6 +40,7 @@ from .model_state import ModelState
 from .passage import Passage
 from .pipeline_words import PipelineWords
 from .stage_pass import MicroBatch, StagePasses
+from .stage_planning import Limits, StageFigures, fit_stages
 from .stage_state import StageParts
 from .step_shape import step_shape
 from .unit_costs import measure_units
@@ -97,11 +99,16 @@ class Pipeline:
 
     # ---- before the first step
 
-    def choose(self, trace: Trace, part: Any, micro_batches: int) -> PipelinePlan:
-        """Stages and their schedule. Collective.
+    def choose(self, trace: Trace, part: Any, plan: Plan, limits: Limits | None, has_disk: bool) -> Plan:
+        """The plan with its stages and their schedule. Collective.
+
+        Args:
+            limits: where memory is limited.
+            has_disk: whether the copies of activations that a schedule has can be made.
 
         Raises:
             ValueError: a model that cannot be cut so; says why.
+            DoesNotFit: no plan fits into the limits.
         """
         flow = self._flow(part)
         names = [self._units[call.unit].name for call in trace.calls]
@@ -110,17 +117,28 @@ class Pipeline:
         # On all ranks at once, as they will compute: they share memory's bandwidth, on one host at least.
         own = measure_units(self._units, trace, flow, self._passage, self._model, self._shapes, part)
         seconds = self._common(own)
-        plan = choose_stages(
-            self._words.schedule or "1f1b",
-            self._mesh.num_pipeline,
-            micro_batches,
-            seconds,
-            self._words.chunks,
-            starts,
-            allowed,
-        )
-        check_borders(flow, names, plan.starts)
-        return plan
+        name, ranks = self._words.schedule or "1f1b", self._mesh.num_pipeline
+
+        def cut(memory: StageMemory | None) -> PipelinePlan:
+            return choose_stages(name, ranks, plan.micro_batches, seconds, self._words.chunks, starts, allowed, memory)
+
+        copies = has_disk and name.startswith("pipeoffload")
+        if limits is None:
+            chosen = cut(None)
+        else:
+            figures = StageFigures(
+                trace, flow, self._profile(part), self._shapes, limits.trainable, limits.dtypes, limits.slots,
+                limits.budget_bytes, self._most(limits.process_bytes),
+            )  # fmt: skip
+            plan, chosen = fit_stages(plan, limits.open, len(self._units), figures, cut, copies)
+        check_borders(flow, names, chosen.starts)
+        return replace(plan, pipeline=replace(chosen, copies_to_disk=copies))
+
+    def _most(self, num_bytes: int) -> int:
+        """Of all ranks."""
+        rows: list[Any] = [None] * self._mesh.num_ranks
+        dist.all_gather_object(rows, num_bytes)
+        return max(rows)
 
     def _common(self, own: Sequence[UnitSeconds]) -> list[UnitSeconds]:
         """The median of what all ranks measured."""
@@ -147,10 +165,6 @@ class Pipeline:
         except ValueError:
             return False
         return True
-
-    def copies(self, plan: PipelinePlan) -> bool:
-        """Whether its schedule copies activations away."""
-        return any(a.kind is Kind.SAVE for order in schedule_of(plan, 2 * plan.num_ranks).orders for a in order)
 
     def layouts(
         self, trace: Trace, plan: PipelinePlan, part: Any, dtypes: Mapping[str, torch.dtype]

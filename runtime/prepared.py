@@ -99,6 +99,7 @@ class PreparedEngine(ABC):
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
+        self._has_budget = memory is not None and memory.host is not None
         self.memory = (memory or Memory()).filled(self._mesh.num_ranks)
         self._constraints = Constraints(offload, activations, order, update)
         self._constraints.check(self.memory, len(self._units), clips, micro_batches)
@@ -119,7 +120,7 @@ class PreparedEngine(ABC):
         self._is_ample = pipeline > 1 or (
             self._tiers is None and check_fit(model, self._layouts, self.plan, self.memory)
         )
-        if not self._is_ample:
+        if not self._is_ample or (pipeline > 1 and self._has_budget):
             return_blocks_at_once()
         else:
             keep_freed_blocks()  # for the whole process: the next step uses the same memory again
@@ -328,19 +329,26 @@ class PreparedEngine(ABC):
 
     def _compile_pipeline(self, pipeline: "Pipeline", part: Any) -> None:
         """The stages of this rank: choose them, take over their parameters, and let go of all others."""
+        from .stage_planning import limits_of
         from .stage_state import StageState
 
         self._trace = self._record(part)
         self._hooks.follow(self._trace)
-        chosen = pipeline.choose(self._trace, part, self.plan.micro_batches)
+        limits, budget = None, self.memory.host_bytes
+        if self._has_budget and budget is not None:
+            open_ = self._constraints.open(self.memory)
+            limits = limits_of(self.model, budget, open_, self._original_dtypes, self._optimizer.slots)
+        self.plan = pipeline.choose(self._trace, part, self.plan, limits, self.memory.disk is not None)
+        chosen = self.plan.pipeline
+        assert chosen is not None
         dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
         self._layouts, parts = pipeline.layouts(self._trace, chosen, part, dtypes)
         decision = self.plan.chunks[0]
         tied = replace(decision, parameter_home=Home.HOST)  # their gradients are summed behind their last use
         chunks = tuple(tied if layout.index in parts.peers else decision for layout in self._layouts)
-        chosen = replace(chosen, copies_to_disk=self.memory.disk is not None and pipeline.copies(chosen))
-        self.plan = replace(self.plan, chunks=chunks, pipeline=chosen)
-        check_fit(self.model, self._layouts, self.plan, self.memory)
+        self.plan = replace(self.plan, chunks=chunks)
+        if not self._has_budget:
+            check_fit(self.model, self._layouts, self.plan, self.memory)
         self._open_state(partial(StageState, parts))
         self._recomputed = recompute_units(self._units, self.plan)
         optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)

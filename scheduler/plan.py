@@ -126,6 +126,8 @@ class PipelinePlan:
         placement: rank of each stage.
         starts: first unit run of each stage.
         seconds: of F, I and W for each stage, as measured; empty: equal ones.
+        saved_bytes: of one micro-batch's activations in each stage, where they were measured; else empty.
+        room_bytes: for activations on each rank, where memory is limited; else empty.
         copies_to_disk: whether the copies of activations that the schedule has are made, to the disk. Where they are
             not, everything stays in memory, as if the schedule had none.
 
@@ -138,6 +140,8 @@ class PipelinePlan:
     placement: tuple[int, ...]
     starts: tuple[int, ...]
     seconds: tuple[tuple[float, float, float], ...] = ()
+    saved_bytes: tuple[int, ...] = ()
+    room_bytes: tuple[int, ...] = ()
     copies_to_disk: bool = False
 
     def __post_init__(self) -> None:
@@ -147,6 +151,13 @@ class PipelinePlan:
             raise ValueError(
                 f"{len(self.placement)} stages have {len(self.starts)} starts and seconds of {len(self.seconds)}"
             )
+        if len(self.saved_bytes) not in (0, len(self.placement)) or len(self.room_bytes) not in (0, self.num_ranks):
+            raise ValueError(
+                f"{len(self.placement)} stages have saved bytes of {len(self.saved_bytes)}, and {self.num_ranks} ranks "
+                f"room for {len(self.room_bytes)}"
+            )
+        if self.room_bytes and not self.saved_bytes:
+            raise ValueError("room for activations is given, and not how many bytes they have")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +278,7 @@ def _chunk_from(fields: dict[str, Any]) -> ChunkPlan:
 
 def _pipeline_from(fields: dict[str, Any]) -> PipelinePlan:
     lists = {name: tuple(fields[name]) for name in ("placement", "starts")}
+    lists |= {name: tuple(fields[name]) for name in ("saved_bytes", "room_bytes") if name in fields}
     return PipelinePlan(**{**fields, **lists, "seconds": tuple(tuple(each) for each in fields.get("seconds", ()))})
 
 

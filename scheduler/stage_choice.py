@@ -6,16 +6,20 @@ the cut (`stages.py`) nor the measuring.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
-from .pipeline_data import Schedule, StageCosts, from_draft, loop, vee
+from ..parallel.actions import Kind
+from .pipeline_data import Schedule, ScheduleError, StageCosts, from_draft, loop, vee
 from .pipeline_timing import simulate
 from .pipelines import LOOP_NAMES, NAMES, named_draft, schedule
 from .pipelines_list import Rules, list_schedule
 from .plan import PipelinePlan
+from .stage_memory import StageMemory
 from .stages import balance, check_starts
 
 __all__ = ["UnitSeconds", "choose_stages", "costs_of", "schedule_of"]
 
+_COPIES = (Kind.SAVE, Kind.LOAD)
 _RULES = tuple(
     Rules(forward_first, True, spacing, 0, patience)
     for spacing in (0.0, 0.5, 1.0)
@@ -49,6 +53,7 @@ def choose_stages(
     chunks: int | None = None,
     starts: Sequence[int] | None = None,
     allowed: Sequence[bool] | None = None,
+    memory: StageMemory | None = None,
 ) -> PipelinePlan:
     """Where to cut, and where the stages lie.
 
@@ -58,36 +63,77 @@ def choose_stages(
         chunks: stages on each rank of a loop; 2 when None.
         starts: the first run of each stage, where a person has said so.
         allowed: whether a stage may begin at that run.
+        memory: what stages take, and the limit; None: there is none.
 
     Raises:
         ValueError: a name that there is not, or more stages than unit runs; says what to do.
+        ScheduleError: no cut fits into the limit.
     """
     if name not in NAMES:
         raise ValueError(f"schedule={name!r}: there is {', '.join(NAMES)}")
     if name == "auto":
-        found = [
-            _with(name, num_ranks, placement, runs, starts, allowed)
-            for placement in dict.fromkeys((loop(num_ranks), vee(num_ranks), loop(num_ranks, chunks or 2)))
-            if len(placement) <= len(runs) and (starts is None or len(starts) == len(placement))
-        ]
+        found = _plans_for_auto(num_ranks, micro_batches, runs, chunks, starts, allowed, memory)
         if found:
             return min(found, key=lambda plan: simulate(schedule_of(plan, micro_batches), costs_of(plan)).makespan_s)
-    placement = schedule("1f1b" if name == "auto" else name, num_ranks, micro_batches, chunks=chunks).placement
-    return _with(name, num_ranks, placement, runs, starts, allowed)
+    order = schedule("1f1b" if name == "auto" else name, num_ranks, micro_batches, chunks=chunks)
+    return _with(name, order, runs, starts, allowed, memory)
+
+
+def _plans_for_auto(
+    num_ranks: int,
+    micro_batches: int,
+    runs: Sequence[UnitSeconds],
+    chunks: int | None,
+    starts: Sequence[int] | None,
+    allowed: Sequence[bool] | None,
+    memory: StageMemory | None,
+) -> list[PipelinePlan]:
+    """One for every placement; where memory is limited, for what every known schedule keeps open in it."""
+    found: dict[PipelinePlan, None] = {}
+    placements = (loop(num_ranks), vee(num_ranks), loop(num_ranks, chunks or 2))
+    for placement in dict.fromkeys(placements):
+        if len(placement) > len(runs) or (starts is not None and len(starts) != len(placement)):
+            continue
+        for known in NAMES:
+            if known == "auto":
+                continue
+            order = schedule(known, num_ranks, micro_batches, chunks=chunks if known in LOOP_NAMES else None)
+            if order.placement != placement:
+                continue
+            try:
+                plan = _with("auto", order, runs, starts, allowed, memory)
+                schedule_of(plan, micro_batches)
+            except ScheduleError:
+                continue  # it needs too much
+            found[plan] = None
+            if memory is None:
+                break
+    return list(found)
 
 
 def _with(
     name: str,
-    num_ranks: int,
-    placement: tuple[int, ...],
+    order: Schedule,
     runs: Sequence[UnitSeconds],
     starts: Sequence[int] | None,
     allowed: Sequence[bool] | None,
+    memory: StageMemory | None,
 ) -> PipelinePlan:
+    placement, num_ranks = order.placement, order.num_ranks
+    needs = None if memory is None else memory.needs(order)
+    limit_bytes = inf if memory is None else memory.limit_bytes
     if starts is None:
-        starts = balance([run.total_s for run in runs], placement, allowed)
+        starts = balance([run.total_s for run in runs], placement, allowed, needs, limit_bytes)
     check_starts(starts, len(placement), len(runs))
     spans = list(zip(starts, [*starts[1:], len(runs)], strict=True))
+    if needs is not None:
+        needed = needs.ranks(spans)
+        worst = max(range(num_ranks), key=needed.__getitem__)
+        if needed[worst] > limit_bytes:
+            raise ScheduleError(
+                f"the stages of rank {worst} need {needed[worst]:,.0f} bytes, {needed[worst] - limit_bytes:,.0f} more "
+                f"than the limit of {limit_bytes:,.0f}"
+            )
     seconds = tuple(
         (
             sum(run.forward_s for run in runs[first:end]),
@@ -96,14 +142,17 @@ def _with(
         )
         for first, end in spans
     )
-    return PipelinePlan(num_ranks, name, placement, tuple(starts), seconds)
+    if memory is None:
+        return PipelinePlan(num_ranks, name, placement, tuple(starts), seconds)
+    saved = tuple(sum(memory.saved_bytes[first:end]) for first, end in spans)
+    return PipelinePlan(num_ranks, name, placement, tuple(starts), seconds, saved, memory.room_bytes(placement, spans))
 
 
 def costs_of(plan: PipelinePlan) -> StageCosts:
     """Of its stages; equal ones where nothing was measured."""
     seconds = plan.seconds or ((1.0, 1.0, 1.0),) * len(plan.placement)
     forward_s, input_s, weight_s = zip(*seconds, strict=True)
-    return StageCosts.of_stages(forward_s, input_s, weight_s)
+    return StageCosts.of_stages(forward_s, input_s, weight_s, plan.saved_bytes or None)
 
 
 def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
@@ -121,11 +170,22 @@ def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
             )
             if draft[0] == plan.placement:
                 drafts.append(named_draft(name, plan.num_ranks, micro_batches, costs, num_chunks, None)[0])
-    most = [float(micro_batches * num_chunks)] * plan.num_ranks
+    if not plan.copies_to_disk:  # then they would only hold others up
+        drafts = [(draft[0], [[op for op in order if op[0] not in _COPIES] for order in draft[1]]) for draft in drafts]
+    most = [float(each) for each in plan.room_bytes]
+    if not most:
+        most = [float(micro_batches * sum(costs.activations))] * plan.num_ranks
     drafts += [
         draft
         for rules in _RULES
         if (draft := list_schedule(plan.placement, micro_batches, costs, most, rules)) is not None
     ]
-    found = [from_draft("auto", draft, micro_batches) for draft in drafts]
-    return min(found, key=lambda each: (simulate(each, costs).makespan_s, simulate(each, costs).span_s))
+    timed = [simulate(from_draft("auto", draft, micro_batches), costs) for draft in drafts]
+    if plan.room_bytes:
+        timed = [each for each in timed if all(a <= b for a, b in zip(each.peak_activations, most, strict=True))]
+    if not timed:
+        raise ScheduleError(
+            f"no schedule of {micro_batches} micro-batches keeps its activations within {most} bytes: take smaller "
+            "micro-batches, more pipeline ranks, or activations='recompute'"
+        )
+    return min(timed, key=lambda each: (each.makespan_s, each.span_s)).schedule

@@ -9,20 +9,18 @@ from itertools import combinations
 from math import comb, inf
 
 from .pipeline_data import ScheduleError
+from .stage_memory import StageNeeds
 
 __all__ = ["balance", "check_starts"]
 
 _MAX_ENUMERATED = 200_000  # ways to cut that are all looked at, a few tenths of a second
-
-#: f(stage, first run, end run) -> bytes that the stage needs.
-StageBytes = Callable[[int, int, int], float]
 
 
 def balance(
     costs_s: Sequence[float],
     placement: Sequence[int],
     allowed: Sequence[bool] | None = None,
-    stage_bytes: StageBytes | None = None,
+    needs: StageNeeds | None = None,
     limit_bytes: float = inf,
 ) -> tuple[int, ...]:
     """The first run of each stage, so that the busiest rank, and then the largest stage, has least to do.
@@ -34,7 +32,7 @@ def balance(
         costs_s: seconds of each unit run, F and B together.
         placement: rank of each stage.
         allowed: whether a stage may begin at that run; all may when None.
-        stage_bytes, limit_bytes: stages that need more bytes than the limit are not made.
+        needs, limit_bytes: no rank is given stages that need more bytes, together, than the limit.
 
     Raises:
         ScheduleError: more stages than units, or none of the cuts is allowed and fits.
@@ -46,12 +44,11 @@ def balance(
             "ranks or chunks, or give smaller units (units=[...])"
         )
     may = list(allowed) if allowed is not None else [True] * num_runs
-    fits = stage_bytes or (lambda stage, first, end: 0.0)
-    found = _min_max(costs_s, num_stages, may, fits, limit_bytes)
+    found = _min_max(costs_s, num_stages, may, needs, limit_bytes)
     if found is None:
         raise ScheduleError(
-            f"no way to cut {num_runs} unit runs into {num_stages} stages fits into {limit_bytes:,.0f} bytes a stage"
-            if stage_bytes is not None
+            _does_not_fit(num_runs, num_stages, limit_bytes)
+            if needs is not None
             else f"the model's dataflow allows no cut into {num_stages} stages"
         )
     if len(set(placement)) == num_stages:
@@ -60,24 +57,33 @@ def balance(
     for cost in costs_s:
         prefix.append(prefix[-1] + cost)
 
-    def score(starts: Sequence[int]) -> tuple[float, float]:
+    def score(starts: Sequence[int]) -> tuple[float, float, float]:
         ends = [*starts[1:], num_runs]
         sizes = [prefix[end] - prefix[start] for start, end in zip(starts, ends, strict=True)]
-        if any(fits(stage, *span) > limit_bytes for stage, span in enumerate(zip(starts, ends, strict=True))):
-            return inf, inf
         ranks: dict[int, float] = {}
         for rank, size in zip(placement, sizes, strict=True):
             ranks[rank] = ranks.get(rank, 0.0) + size
-        return max(ranks.values()), max(sizes)
+        lack = 0.0
+        if needs is not None:
+            lack = max(max(needs.ranks(list(zip(starts, ends, strict=True)))) - limit_bytes, 0.0)
+        return lack, max(ranks.values()), max(sizes)
 
     places = [run for run in range(1, num_runs) if may[run]]
     if comb(len(places), num_stages - 1) <= _MAX_ENUMERATED:
-        return min(((0, *cut) for cut in combinations(places, num_stages - 1)), key=score)
-    return _improved(found, places, score)
+        best = min(((0, *cut) for cut in combinations(places, num_stages - 1)), key=score)
+    else:
+        best = _improved(found, places, score)
+    if score(best)[0]:
+        raise ScheduleError(_does_not_fit(num_runs, num_stages, limit_bytes))
+    return best
+
+
+def _does_not_fit(num_runs: int, num_stages: int, limit_bytes: float) -> str:
+    return f"no way to cut {num_runs} unit runs into {num_stages} stages fits into {limit_bytes:,.0f} bytes a rank"
 
 
 def _min_max(
-    costs_s: Sequence[float], num_stages: int, may: Sequence[bool], fits: StageBytes, limit_bytes: float
+    costs_s: Sequence[float], num_stages: int, may: Sequence[bool], needs: StageNeeds | None, limit_bytes: float
 ) -> tuple[int, ...] | None:
     num_runs = len(costs_s)
     prefix = [0.0]
@@ -92,7 +98,7 @@ def _min_max(
                 if best[stage - 1][start] == inf or (start and not may[start]):
                     continue
                 worst = max(best[stage - 1][start], prefix[end] - prefix[start])
-                if worst < best[stage][end] and fits(stage - 1, start, end) <= limit_bytes:
+                if worst < best[stage][end] and _fits(needs, stage - 1, (start, end), limit_bytes):
                     best[stage][end], start_of[stage][end] = worst, start
     if best[num_stages][num_runs] == inf:
         return None
@@ -103,8 +109,12 @@ def _min_max(
     return tuple(reversed(starts))
 
 
+def _fits(needs: StageNeeds | None, stage: int, span: tuple[int, int], limit_bytes: float) -> bool:
+    return needs is None or needs.alone(stage, span) <= limit_bytes
+
+
 def _improved(
-    starts: tuple[int, ...], places: Sequence[int], score: Callable[[Sequence[int]], tuple[float, float]]
+    starts: tuple[int, ...], places: Sequence[int], score: Callable[[Sequence[int]], tuple[float, ...]]
 ) -> tuple[int, ...]:
     """Move one or two borders at a time, as long as that helps."""
     present, allowed = score(starts), set(places)

@@ -16,7 +16,7 @@ from ranks import run_outcomes, run_ranks
 from torch import nn
 
 from outgrow import Engine, Memory
-from outgrow.memory.errors import NotFinite
+from outgrow.memory.errors import DoesNotFit, NotFinite
 from outgrow.parallel.actions import Kind
 from outgrow.parallel.mail import MailError
 from outgrow.scheduler.pipeline_timing import simulate
@@ -100,6 +100,7 @@ def train_two(rank: int, folder: str) -> dict[str, Any]:
     for name, words in ON_DISK.items():
         case = gpt if name == "bf16" else tied  # of which alone adds both parts of a tied gradient in bfloat16
         found[f"disk {name}"] = train(case, pipeline=2, memory=Memory(disk=folder), **words)
+    found["budget"] = train(gpt, pipeline=2, schedule="auto", memory=Memory(host="16GiB", disk=folder))
     found["beside"] = train(tied, 2, rank)
     found["levels"] = levels(rank, folder)
     found["infinity"] = meet_infinity(rank)
@@ -132,7 +133,7 @@ def test_other_words_on_two_ranks():
     found = two()[0]
     assert_close(found["clip"], alone("gpt", clip_grad_norm=0.5))
     assert_close(found["bf16"], alone("gpt", precision="bf16"))
-    for name in ("gloo", "recompute"):
+    for name in ("gloo", "recompute", "budget"):
         assert_same(found[name], found["gpipe"])
     assert_same(found["early"], found["tied 1f1b"])
 
@@ -190,9 +191,8 @@ def levels(rank: int, folder: str) -> dict[str, Any]:
         engine = Engine(Chain(), optimizer=SGD, micro_batches=8, pipeline=2, **words)
         result = engine.step(torch.ones(16, 32, 16))
         assert engine.plan.pipeline is not None
-        assert engine._pipeline is not None
         peak = simulate(schedule_of(engine.plan.pipeline, 8)).peak_activations[rank]
-        found[name] = result.saved_bytes, peak, engine._pipeline.passes.levels
+        found[name] = result.saved_bytes, peak, engine.saved_levels
         engine.close()
     return found
 
@@ -337,16 +337,22 @@ def refuse(rank: int) -> list[str]:
             engine.step(batch)
         messages.append(str(error.value))
         engine.close()
+    engine = Engine(Spoiled(), optimizer=SGD, pipeline=2, memory=Memory(host="1MiB"))
+    with pytest.raises(DoesNotFit) as missing:
+        engine.step(batch)
+    engine.close()
     with pytest.raises(ValueError) as error:
         Engine(Spoiled(), pipeline=3)
-    return [*messages, str(error.value)]
+    return [*messages, str(missing.value), str(error.value)]
 
 
 def test_what_cannot_be_is_refused_with_names():
-    few, skip, many, unknown, ranks = two()[0]["refused"]
+    few, skip, many, unknown, missing, ranks = two()[0]["refused"]
     assert "3 stages are given, and the schedule has 4" in few
     assert "the model's output in stage 1 uses the output of down in stage 0" in skip
     assert "6 stages need at least so many units, and the model runs 4" in many
+    assert "no plan of this pipeline fits into 1.00 MiB a rank" in missing
+    assert "give a disk (Memory(disk='/a/folder'))" in missing
     assert "'layers.7' is no unit that this model runs" in unknown
     assert "pipeline=3" in ranks
     assert "there are 2" in ranks

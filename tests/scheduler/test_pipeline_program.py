@@ -85,7 +85,7 @@ def test_copies_of_a_stage_become_copies_of_its_units():
     plan = schedule("pipeoffload-full", 2, 4)
     without = text(expand(plan, stages, shape, PLAN, 0))
     assert not [word for word in without if word.startswith(("SAVE", "LOAD"))]
-    copying = replace(PLAN, pipeline=PipelinePlan(2, plan.name, placement, stages.starts, (), True))
+    copying = replace(PLAN, pipeline=PipelinePlan(2, plan.name, placement, stages.starts, copies_to_disk=True))
     words = text(expand(plan, stages, shape, copying, 0))
     assert [word for word in words if not word.startswith(("SAVE", "LOAD"))] == without
     assert words[words.index("F0.1") + 1] == "SAVE a0.1"
@@ -133,7 +133,7 @@ def program_of(name: str, ranks: int, count: int, rank: int, chunk: ChunkPlan, *
     )
     chunks = tuple(ChunkUse(PAGE, True, PAGE, 2 * PAGE) for _ in here)
     shape = StepShape(units, chunks, (), starts, (0, *[64] * (num_stages - 1)))
-    pipeline = PipelinePlan(ranks, name, order.placement, starts, (), bool(words.pop("copies", False)))
+    pipeline = PipelinePlan(ranks, name, order.placement, starts, copies_to_disk=bool(words.pop("copies", False)))
     words["activations"] = words.get("activations", ()) * stages.num_runs
     fields: dict[str, Any] = {"world_size": 1, "precision": "float32", **words}
     decisions = (*[chunk] * (len(here) - 1), replace(chunk, parameter_home=Home.HOST))
