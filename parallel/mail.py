@@ -144,6 +144,7 @@ class SharedMail(Mail):
             self._poll.register(descriptor, select.POLLIN)
         self._rest = b""
         self._arrived: dict[tuple[int, int, Key], _Note] = {}
+        self._given_up: dict[int, str] = {}  # step -> what another rank said
         self._buffers: dict[int, mmap] = {}  # own ones: descriptor -> memory
         self._free: dict[int, list[int]] = {}  # their bytes -> those that are empty
         self._opened: dict[tuple[int, int], mmap] = {}  # others' ones
@@ -159,6 +160,7 @@ class SharedMail(Mail):
 
     def begin(self, step: int) -> None:
         self._step = step
+        self._given_up = {at: said for at, said in self._given_up.items() if at >= step}
         self._arrived = {at: note for at, note in self._arrived.items() if note.step >= step or self._give_back(note)}
 
     def send(self, to: int, key: Key, tensors: Sequence[torch.Tensor | None], likes: Sequence[torch.Tensor]) -> None:
@@ -230,6 +232,9 @@ class SharedMail(Mail):
     def _await(self, sender: int, key: Key) -> _Note:
         until = time.monotonic() + self._deadline_s
         while (note := self._arrived.pop((sender, self._step, key), None)) is None:
+            for step in (self._step, _FOR_GOOD):
+                if step in self._given_up:
+                    raise MailError(self._given_up[step])
             rest_s = until - time.monotonic()
             if rest_s <= 0:
                 raise MailError(f"{_name(key)} of rank {sender} did not come within {self._deadline_s:g} s")
@@ -265,9 +270,8 @@ class SharedMail(Mail):
             note = _Note(sender, step, buffer, room_bytes, num_bytes, words)
             if words is None:  # a buffer of this rank is empty again
                 self._free.setdefault(room_bytes, []).append(buffer)
-            elif words[0] is None:
-                if step >= self._step:
-                    raise MailError(f"rank {sender} of the pipeline gave the step up: {words[1]}")
+            elif words[0] is None:  # for those who wait in that step: this rank may still have an earlier one to end
+                self._given_up.setdefault(step, f"rank {sender} of the pipeline gave the step up: {words[1]}")
             elif step < self._step:
                 self._give_back(note)
             else:

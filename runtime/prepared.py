@@ -334,9 +334,8 @@ class PreparedEngine(ABC):
 
         self._trace = self._record(part)
         self._hooks.follow(self._trace)
-        limits, budget = None, self.memory.host_bytes
+        limits, budget, open_ = None, self.memory.host_bytes, self._constraints.open(self.memory)
         if self._has_budget and budget is not None:
-            open_ = self._constraints.open(self.memory)
             limits = limits_of(self.model, budget, open_, self._original_dtypes, self._optimizer.slots)
         self.plan = pipeline.choose(self._trace, part, self.plan, limits, self.memory.disk is not None)
         chosen = self.plan.pipeline
