@@ -110,13 +110,13 @@ class StageFigures:
         saved, waiting, working = [], [], []
         for run, unit in enumerate(self.profile.units):
             word = plan.activations_of(unit.unit)
-            is_kept = word is Activations.KEEP
             whole = unit.saved_bytes + unit.saved_input_bytes
-            saved.append(whole if is_kept else unit.input_bytes if word is Activations.RECOMPUTE else 0)
+            saved.append(0 if word.is_offloaded else unit.input_bytes if word is Activations.RECOMPUTE else whole)
             waiting.append(2 * whole if word is Activations.RECOMPUTE else 0)  # inputs, and gradients of outputs
             peak = max(unit.forward.peak_bytes, unit.backward.peak_bytes, self._after(run))
             again = unit.recompute_peak_bytes if word is Activations.RECOMPUTE else 0
-            staged = _NUM_BUFFERS * whole if word is Activations.OFFLOAD_DISK or (copies and is_kept) else 0
+            moves = word is Activations.OFFLOAD_DISK or (copies and word is Activations.KEEP)
+            staged = _NUM_BUFFERS * whole if moves else 0
             border = _BORDERS * self.flow.outputs[run].num_bytes
             working.append(int(peak + again + staged + border + sum(on_disk[name] for name in names[run])))
         return StageMemory(
