@@ -50,7 +50,7 @@ def talk(mail: Mail, rank: int) -> dict[str, Any]:
     (value,) = mail.receive(other, ("SEND_B", 1, 0), LIKES[:1])
     assert value is not None
     found["taken"] = value.unique().tolist()
-    mail.exchange("END", [])
+    mail.exchange("END", [1.0])  # nobody leaves before all have what was sent
     return found
 
 
@@ -68,7 +68,7 @@ def give_up(mail: Mail, rank: int) -> Any:
     mail.begin(5)
     mail.send(1 - rank, ("SEND_F", 0, 0), content(2), LIKES)
     fresh = is_content(mail.receive(1 - rank, ("SEND_F", 0, 0), LIKES), 2)
-    mail.exchange("END", [])
+    mail.exchange("END", [1.0])  # nobody leaves before all have what was sent
     return said, fresh
 
 
