@@ -153,6 +153,18 @@ def pipelines(
 
 
 @app.command()
+def predict(folder: _Folder = None, json: _Json = None, rounds: _Rounds = None, warmup: _Warmup = None) -> None:
+    """Predicted seconds and peaks of many plans, good and bad, against measured ones."""
+    _run("predict", json, rounds, warmup, folder=folder)
+
+
+@app.command()
+def choose(folder: _Folder = None, json: _Json = None, rounds: _Rounds = None, warmup: _Warmup = None) -> None:
+    """The chosen plan against every plan of a reduced space, all of them measured."""
+    _run("choose", json, rounds, warmup, folder=folder)
+
+
+@app.command()
 def scale(
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="Of the GPT, 3072 wide; 26 are 3.1 billion parameters.")

@@ -127,6 +127,18 @@ CASES: tuple[Case, ...] = (
         Options(configs=("S",)),
     ),
     Case(
+        "predict",
+        "predicted seconds and peaks of 48 plans of 4 models, on 1 and 2 ranks, against measured ones",
+        ".case_predict",
+        Options(num_rounds=3, num_warmup=1),
+    ),
+    Case(
+        "choose",
+        "the chosen plan against every plan of a reduced space, all measured, 3 cases",
+        ".case_choose",
+        Options(num_rounds=5, num_warmup=1),
+    ),
+    Case(
         "scale",
         "a GPT of 3 billion parameters in 8 GiB: seconds, bytes, share of the bound; or the largest in 4 GiB",
         ".case_scale",

@@ -3,9 +3,10 @@
 Owns the order of a run: checks, run folder, ranks (here or on Ray), result. Each of these has a file of its own.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
     from ..memory.budget import Memory
+    from ..scheduler.plan import Plan
+    from .planned_run import Planning
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "check_job"]
 
 
 class Runtime:
@@ -41,9 +44,11 @@ class Runtime:
         storage_path: where run folders go: a path, or a URI of any file system that pyarrow opens. None: `./runs`.
         name: the run folder's name; None makes one of the time.
         progress: show the run on the console.
+        plan: what `outgrow plan` or an earlier run wrote to its plan.json: run as it stands. None: the fastest that
+            fits, chosen before the first step.
 
     Raises:
-        ValueError: an argument that cannot be.
+        ValueError: an argument that cannot be, or a file that holds no plan.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Runtime:
         name: str | None = None,
         *,
         progress: bool = True,
+        plan: "Plan | str | os.PathLike[str] | None" = None,
     ) -> None:
         self.config = RuntimeConfig(
             workers=workers,
@@ -68,6 +74,7 @@ class Runtime:
             name=name,
             progress=progress,
         )
+        self.plan = None if plan is None else _read_plan(plan)
 
     def train(
         self,
@@ -150,54 +157,52 @@ class Runtime:
             NotFinite: the loss became NaN or infinite.
             WorkerError: a worker failed; names rank, step and unit, and holds the worker's traceback.
         """
-        config = TrainConfig(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            micro_batches=micro_batches,
-            steps=steps,
-            epochs=epochs,
-            clip_grad_norm=clip_grad_norm,
-            precision=precision,
-            zero=zero,
-            offload=offload,
-            activations=activations if activations is None or isinstance(activations, str) else tuple(activations),
-            order=order,
-            pipeline=pipeline,
-            schedule=schedule,
-            chunks=chunks,
-            stages=None if stages is None else tuple(stages),
-            seed=seed,
-            weights=os.fspath(weights) if isinstance(weights, os.PathLike) else weights,
-        )
-        job = Job(
-            config=config,
-            model=model,
-            data=data,
-            loss=loss,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            forward=forward,
-            callbacks=tuple(callbacks),
-            units=units,
-            memory=self.config.memory,
-            init=init,
-        )
-        return _run(job, self.config)
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return _run(self._job(arguments), self.config)
+
+    def plan_for(self, *arguments: Any, **words: Any) -> "Planning":
+        """Choose a plan and train nothing: takes what `train` takes, and moves and writes nothing.
+
+        Returns:
+            The plan, and what is predicted of it. `result.plan.to_json()` is what `Runtime(plan=)` takes from a file.
+
+        Raises:
+            What `train` raises before its first step.
+        """
+        bound = inspect.signature(Runtime.train).bind(self, *arguments, **words)
+        bound.apply_defaults()
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        job = replace(self._job(given), plans_only=True)
+        from .planned_run import plan_run
+
+        return plan_run(job, replace(self.config, progress=False))
+
+    def _job(self, arguments: Mapping[str, Any]) -> Job:
+        """What `train` was asked to do, checked."""
+        of_config = [each.name for each in fields(TrainConfig) if each.init and each.name in arguments]
+        words = {name: arguments[name] for name in of_config}
+        for name in ("activations", "stages"):
+            if words[name] is not None and not isinstance(words[name], str):
+                words[name] = tuple(words[name])
+        if isinstance(words["weights"], os.PathLike):
+            words["weights"] = os.fspath(words["weights"])
+        rest = {name: value for name, value in arguments.items() if name not in words}
+        rest["callbacks"] = tuple(rest["callbacks"])
+        return Job(config=TrainConfig(**words), memory=self.config.memory, plan=self.plan, **rest)
+
+
+def _read_plan(plan: "Plan | str | os.PathLike[str]") -> "Plan":
+    from .given_plan import read_plan
+
+    return read_plan(plan)
 
 
 def _run(job: Job, config: RuntimeConfig) -> Result:
     from . import cluster
-    from .data import check_data
     from .recorder import Recorder
     from .run_folder import RunFolder
 
-    check_data(job.data, job.config, job.config.num_data(max(1, config.workers)))
-    if config.workers == 0:
-        _check_alone()
-    else:
-        cluster.check_here(job, config)
-    if config.address is None:
-        _check_weights(job)
+    check_job(job, config)
     name = config.run_name(datetime.now())
     folder = RunFolder(config.storage_path, name)
     recorder = Recorder(folder, config, job.config, _display(config))
@@ -215,6 +220,20 @@ def _run(job: Job, config: RuntimeConfig) -> Result:
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
     return Result(folder.path, recorder.metrics, recorder.plan, recorder.finish("finished"))
+
+
+def check_job(job: Job, config: RuntimeConfig) -> None:
+    """Raise ValueError for all that can be known to be wrong before anything starts."""
+    from . import cluster
+    from .data import check_data
+
+    check_data(job.data, job.config, job.config.num_data(max(1, config.workers)))
+    if config.workers == 0:
+        _check_alone()
+    else:
+        cluster.check_here(job, config)
+    if config.address is None:
+        _check_weights(job)
 
 
 def _check_weights(job: Job) -> None:

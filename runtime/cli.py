@@ -71,6 +71,21 @@ def train(
 
 
 @app.command()
+def plan(
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A function that returns train's arguments.")],
+    workers: Annotated[int | None, typer.Option(min=0, help="Ranks; overrides the function's.")] = None,
+    memory: Annotated[str | None, typer.Option(help='Host memory of each worker, e.g. "2GiB".')] = None,
+    disk: Annotated[str | None, typer.Option(help="A folder on a disk for what does not fit into memory.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the plan is written, for Runtime(plan=).")] = Path("plan.json"),
+    fresh: Annotated[bool, typer.Option(help="Measure this machine anew, whatever is known of it.")] = False,
+) -> None:
+    """Choose a plan for what the function NAME in FILE.py would train, say why, and train nothing."""
+    from .plan_file import plan_file
+
+    _fail_clearly(plan_file, target, out, workers=workers, memory=memory, disk=disk, fresh=fresh)
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where run folders and chunks would go.")] = Path("runs"),
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..memory.budget import Memory
+    from ..scheduler.plan import Plan
 
 __all__ = [
     "DEFAULT_BATCH_SIZE",
@@ -216,6 +217,8 @@ class Job:
     units: Any = None
     memory: "Memory | None" = None
     init: Callable[..., Any] | None = None
+    plan: "Plan | None" = None
+    plans_only: bool = False
 
     def __post_init__(self) -> None:
         from torch import nn

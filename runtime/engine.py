@@ -66,6 +66,9 @@ class Engine(PreparedEngine):
         schedule: of the pipeline, e.g. "1f1b", "zb-v", "auto" (`outgrow schedule` shows them); None: "1f1b".
         chunks: stages on each rank, for interleaved schedules.
         stages: names of the units that the stages begin with; None: cut by measured seconds.
+        plan: every decision about memory, as an earlier run or `outgrow plan` wrote it down: nothing is chosen then,
+            and what it says again (zero, offload, activations, order, update) must be left out.
+        predict: measure units and machine before the first step, for `prediction`, also where no choice depends on it.
         example: a batch as `step` gets it: where memory is tight, the plan is then made here, not at the first step.
 
     Raises:

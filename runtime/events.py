@@ -36,6 +36,8 @@ class Started:
         budget_bytes: per tier.
         base_bytes: what the process held before the data and the model: Python, torch, Ray.
         plan: what will run.
+        prediction: of a step, as `Prediction.to_json` writes it, of rank 0; None where nothing was predicted.
+        note: why not, where it should have been.
     """
 
     rank: int
@@ -44,6 +46,8 @@ class Started:
     budget_bytes: Mapping[str, int]
     base_bytes: int
     plan: Any
+    prediction: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

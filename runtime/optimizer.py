@@ -167,6 +167,11 @@ class PiecewiseOptimizer:
                     sizes[slot] = sizes.get(slot, 0) + value.nbytes
         return sizes
 
+    def alone(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        """An optimizer of the same kind, with the first group's numbers, for one parameter that is not the model's."""
+        group = next(group for group in self.optimizer.param_groups if group["params"])
+        return _rebuilt(self.optimizer, [group | {"params": [parameter]}])
+
     def _refuse_whole_matrix(self) -> None:
         """Update a small matrix whole and in pieces, beside another parameter and alone: the bits must not differ.
 

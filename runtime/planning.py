@@ -1,10 +1,13 @@
 """From a model and its first batch to a plan that fits, and the program of it; before anything is moved.
 
-Owns the traced pass, the profile where memory is tight, and the one decision for all ranks. Does not own the order in
-which plans are tried (`scheduler/fit.py`) nor carrying a plan out (`runtime/engine.py`).
+Owns the traced pass, the profiles of bytes and seconds, and the one decision for all ranks. Does not own the space of
+plans (`scheduler/search.py`; `scheduler/fit.py`, where nothing is known of seconds) nor carrying a plan out
+(`runtime/engine.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,26 +15,35 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..memory.allocator import return_freed_blocks
+from ..memory.allocator import keep_freed_blocks, num_heaps, return_blocks_at_once, return_freed_blocks
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
+from ..memory.process import read_process_memory
 from ..parallel.units import Unit
-from ..scheduler.assessment import Assessment, Open
+from ..scheduler.assessment import Assessment, Budgets, Open, describe, refusal
+from ..scheduler.cost import Costs
 from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import choose
 from ..scheduler.ledger import HostFigures, Ledger, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
-from ..scheduler.plan import Activations, Home, Plan
+from ..scheduler.pieces import choose_for_units
+from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
+from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import Program, StepShape
+from ..scheduler.search import Candidate, search
+from ..scheduler.simulate import Simulated, simulate
 from ..scheduler.trace import Trace
+from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
 from .constraints import offloaded
 from .device_figures import separate_figures
 from .host_figures import host_figures, process_bytes
 from .offload import optim_layouts
 from .optimizer import PiecewiseOptimizer
+from .passage import Passage
+from .profiling import NotProfiled, Profiled, Profiler
 from .step_shape import step_shape
 
 if TYPE_CHECKING:
@@ -39,8 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Planned", "Planner"]
 
-Forward = Callable[[nn.Module, Any], Any]
-Loss = Callable[[Any, Any], torch.Tensor]
+_AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class Planned:
         held: chunks used outside of units.
         ledger: the host's fullest moment as it was predicted; None where memory is ample and nothing was predicted.
         device: likewise the device's, where it has memory of its own.
+        prediction: of a step's seconds; None where they were not measured.
+        note: why they were not, where they were to be.
     """
 
     plan: Plan
@@ -58,6 +72,8 @@ class Planned:
     held: tuple[int, ...]
     ledger: Ledger | None
     device: Ledger | None = None
+    prediction: Prediction | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,8 @@ class Planner:
         original_dtypes: of the model's parameters, as it was given.
         is_ample: whether the budget takes all of the state twice over.
         transport: None on one rank.
+        passage: how a micro-batch goes through the model.
+        shapes: true shapes and dtypes of parameters.
     """
 
     model: nn.Module
@@ -79,90 +97,300 @@ class Planner:
     memory: Memory
     is_ample: bool
     transport: "Transport | None"
+    passage: Passage
+    shapes: Shapes
 
-    def plan(self, plan: Plan, open_: Open, trace: Trace, forward: Forward, loss: Loss, part: Any) -> Planned:
-        """The plan that fits, and its program. Collective.
+    def plan(
+        self, plan: Plan, open_: Open, trace: Trace, part: Any, predicts: bool = False, explores: bool = False
+    ) -> Planned:
+        """The plan that fits and is the fastest of those, and its program. Collective.
 
         Args:
             plan: with what is fixed.
             open_: what is not.
             trace: of the model.
-            forward, loss: as a micro-batch goes through them.
             part: a micro-batch.
+            predicts: measure seconds also where nothing is to be chosen by them.
+            explores: also say what more memory and a faster disk would buy.
 
         Raises:
             DoesNotFit: on every rank, where none fits.
             InvalidProgram: what was compiled cannot run: a mistake of this project.
         """
-        moves = Activations.OFFLOAD_DISK in plan.activations
-        profile = self._profile(forward, loss, part) if moves or not self.is_ample else None
-        batch_bytes = sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor))
+        return _Planning(self, trace, part).run(plan, open_, predicts, explores)
 
-        def shape_of(plan: Plan) -> StepShape:
-            everything = replace(plan, chunks=tuple(offloaded(c, Home.DISK, Home.DISK) for c in plan.chunks))
-            optims = optim_layouts(self.layouts, everything, self.optimizer.slots, self.original_dtypes)
-            return step_shape(trace, self.units, self.layouts, plan, optims, profile, batch_bytes)
 
-        if self.is_ample:
-            shape = shape_of(plan)
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """A decision, with what it was made from."""
+
+    plan: Plan
+    open_: Open
+    found: Assessment
+    fates: Sequence[Fate]
+    profiled: Profiled | None
+    note: str
+
+
+class _Planning:
+    """One model with one batch."""
+
+    def __init__(self, planner: Planner, trace: Trace, part: Any) -> None:
+        self.planner, self.trace, self.part = planner, trace, part
+        self.transport = planner.transport
+        self.batch_bytes = sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor))
+        self.memory: MemoryProfile | None = None
+        self.process = 0
+        self.budgets = Budgets(0)
+        self.profiled: Profiled | None = None
+
+    def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
+        is_ample = self.planner.is_ample
+        is_asked = predicts or explores
+        if Activations.OFFLOAD_DISK in plan.activations or is_asked or not is_ample:
+            self.memory = self._memory_profile()
+        if is_ample and not is_asked:
+            shape = self.shape_of(plan)
             program = compile_program(shape, plan)
             verify(program, shape, plan)
             return Planned(plan, program, shape.held, None)
-        assert profile is not None
-        found = self._choose(plan, open_, profile, shape_of, batch_bytes)
-        shape = shape_of(found.plan)
+        self._count_process()
+        if is_ample:
+            note = self._measure_seconds(plan) if predicts else ""
+            found = self.assess(plan)
+            if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
+                return self._planned(_Decided(plan, open_, found, (), self.profiled, note), explores)
+        decided = self._tight(plan, open_, predicts)
+        return_blocks_at_once()
+        return self._planned(decided, explores)
+
+    def _planned(self, decided: "_Decided", explores: bool) -> Planned:
+        found, self.profiled = decided.found, decided.profiled
+        shape = self.shape_of(found.plan)
         verify(found.program, shape, found.plan)
-        return Planned(found.plan, found.program, shape.held, found.ledger, found.device)
+        prediction = None
+        if self.profiled is not None:
+            prediction = self._prediction(found, shape, decided.fates)
+            if explores and decided.open_.is_any:
+                what_if = self._what_if(decided.plan, decided.open_, prediction.seconds)
+                prediction = replace(prediction, what_if=tuple(what_if))
+        return Planned(found.plan, found.program, shape.held, found.ledger, found.device, prediction, decided.note)
 
-    def _choose(
-        self,
-        plan: Plan,
-        open_: Open,
-        profile: MemoryProfile,
-        shape_of: Callable[[Plan], StepShape],
-        batch_bytes: int,
-    ) -> Assessment:
+    def _tight(self, plan: Plan, open_: Open, predicts: bool) -> "_Decided":
+        """The best plan that keeps freed blocks, which saves page faults and takes memory; or that does not, where that
+        is faster or the other does not fit."""
+        best: _Decided | None = None
+        for plan_, open__ in self._modes(plan, open_):
+            note = self._measure_seconds(plan_) if predicts or open__.is_any else ""
+            try:
+                found, fates = self._decide(plan_, open__)
+            except DoesNotFit:
+                if best is None and plan_.keeps_freed is not plan.keeps_freed:
+                    continue  # the other mode is leaner, and its refusal says what is missing
+                if best is None:
+                    raise
+                break
+            decided = _Decided(plan_, open__, found, fates, self.profiled, note)
+            if best is None or self._is_faster(decided, best):
+                best = decided
+            if not found.plan.activations and not found.plan.uses_disk:
+                break
+            if self.profiled is None:
+                break  # nothing could be compared
+        assert best is not None
+        return best
+
+    def _is_faster(self, one: "_Decided", other: "_Decided") -> bool:
+        seconds: list[float] = []
+        for each in (one, other):
+            self.profiled = each.profiled
+            if self.profiled is None:
+                return False
+            seconds.append(self.simulated(each.found).seconds)
+        return seconds[0] < seconds[1]
+
+    def _modes(self, plan: Plan, open_: Open) -> list[tuple[Plan, Open]]:
+        """With freed blocks kept, where that can be proved to fit, and given back at once.
+
+        It can be on one rank whose updates make no temporaries; micro-batches that take turns have threads of their
+        own, which must not have heaps of their own.
+        """
+        planner, one_heap = self.planner, num_heaps() == 1
+        is_given = not open_.is_any and not open_.may_adapt
+        may_keep = self.transport is None and plan.unified and planner.optimizer.is_fused
+        if is_given or not may_keep or (not one_heap and plan.order is MicroBatchOrder.BY_UNIT):
+            return [(plan, open_)]
+        kept = replace(plan, keeps_freed=True), replace(open_, order=open_.order and one_heap)
+        return [kept, (plan, open_)]
+
+    def _prediction(self, found: Assessment, shape: StepShape, fates: Sequence[Fate]) -> Prediction:
+        ledgers, budgets = {"host": found.ledger}, {"host": self.budgets.host}
+        if found.device is not None:
+            ledgers["device"] = found.device
+            budgets["device"] = self.budgets.device or 0
+        return Prediction.of(found.program, shape, self.simulated(found), ledgers, budgets, fates)
+
+    def _what_if(self, plan: Plan, open_: Open, seconds: float) -> Iterator[Fate]:
+        """The plans that there would be with more: of memory, or of the disk's bandwidth."""
+        before = self.budgets, self.profiled
+        profiled = self.profiled
+        assert profiled is not None
+        more = [("1 GiB more host memory", replace(self.budgets, host=self.budgets.host + (1 << 30)), profiled)]
+        if profiled.hardware.disk is not None:
+            twice = replace(profiled.hardware, disk=profiled.hardware.disk.scaled(2.0))
+            more.append(("twice the disk bandwidth", self.budgets, replace(profiled, hardware=twice)))
+        for name, self.budgets, self.profiled in more:
+            found, _ = self._decide(plan, open_)
+            new_s = self.simulated(found).seconds
+            gain = f"faster by {100 * max(0.0, 1 - new_s / seconds):.0f}%"
+            yield Fate(f"{name}: {describe(found.plan)}", new_s, found.ledger.peak_bytes, gain)
+        self.budgets, self.profiled = before
+
+    # ---- figures
+
+    def _memory_profile(self) -> MemoryProfile:
+        """What a micro-batch takes, measured without computing."""
+        planner, passage = self.planner, self.planner.passage
+        return measure_memory(
+            planner.model, planner.units, passage.forward, passage.call_loss, self.part, planner.shapes
+        )
+
+    def _count_process(self) -> None:
+        """The fullest process and the smallest budgets of all ranks."""
         return_freed_blocks()  # what the profile left
-        process = process_bytes(list(self.model.parameters()))
-        budget = self.memory.host_bytes
+        self.process = process_bytes(list(self.planner.model.parameters()))
+        budget, device = self.planner.memory.host_bytes, self.planner.memory.device_bytes
         assert budget is not None
-        device = self.memory.device_bytes
         if self.transport is not None:
-            rows = self.transport.gather_rows([float(process), float(budget), float(device or 0)])
-            process, budget = int(rows[:, 0].max()), int(rows[:, 1].min())
+            rows = self.transport.gather_rows([float(self.process), float(budget), float(device or 0)])
+            self.process, budget = int(rows[:, 0].max()), int(rows[:, 1].min())
             device = None if device is None else int(rows[:, 2].min())
+        self.budgets = Budgets(budget, device)
+
+    def _measure_seconds(self, plan: Plan) -> str:
+        """Within what is left of the budget, with freed blocks treated as the plan says. Returns why it could not be
+        done, or nothing."""
+        self.profiled = None
+        if self.planner.memory.is_separate and torch.cuda.is_available():
+            return "seconds are measured on the host only, and units compute on a CUDA device"
+        left_bytes = self.budgets.host - read_process_memory().resident_bytes
+        keeps = plan.keeps_freed or self.planner.is_ample
+        _ = keep_freed_blocks() if keeps else return_blocks_at_once()
+        try:
+            self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps)
+        except NotProfiled as error:
+            _LOG.info("plans are compared by the bytes that they move, since %s", error)
+            return str(error)
+        finally:
+            return_freed_blocks()
+        return ""
+
+    def _profiler(self) -> Profiler:
+        planner, passage = self.planner, self.planner.passage
+        return Profiler(
+            planner.model,
+            planner.units,
+            passage.forward,
+            passage.call_loss,
+            planner.shapes,
+            passage.input_dtype,
+            planner.optimizer,
+            None if planner.memory.disk is None else os.fspath(planner.memory.disk),
+            self.transport,
+        )
+
+    # ---- plans
+
+    def shape_of(self, plan: Plan) -> StepShape:
+        planner = self.planner
+        everything = replace(plan, chunks=tuple(offloaded(c, Home.DISK, Home.DISK) for c in plan.chunks))
+        optims = optim_layouts(planner.layouts, everything, planner.optimizer.slots, planner.original_dtypes)
+        return step_shape(self.trace, planner.units, planner.layouts, plan, optims, self.memory, self.batch_bytes)
+
+    def assess(self, plan: Plan) -> Assessment:
+        """Compile a plan and add up its bytes."""
+        planner, profile = self.planner, self.memory
+        assert profile is not None
+        shape = self.shape_of(plan)
+        program = compile_program(shape, plan)
+        figures_of = host_figures if plan.unified else separate_figures
         name = "single" if self.transport is None else self.transport.name
+        found = figures_of(planner.layouts, plan, planner.optimizer, planner.original_dtypes, name, self.process)
+        if isinstance(found, HostFigures):
+            return Assessment(plan, program, host_ledger(program, shape, plan, profile, found))
+        buffers = sum(buffer.nbytes for buffer in planner.model.buffers())
+        return Assessment(
+            plan,
+            program,
+            host_ledger(program, shape, plan, profile, found[0]),
+            device_ledger(program, shape, plan, profile, found[1], self.batch_bytes + buffers),
+        )
 
-        def assess(plan: Plan) -> Assessment:
-            shape = shape_of(plan)
-            program = compile_program(shape, plan)
-            figures_of = host_figures if plan.unified else separate_figures
-            found = figures_of(self.layouts, plan, self.optimizer, self.original_dtypes, name, process)
-            if isinstance(found, HostFigures):
-                return Assessment(plan, program, host_ledger(program, shape, plan, profile, found))
-            buffers = sum(buffer.nbytes for buffer in self.model.buffers())
-            return Assessment(
-                plan,
-                program,
-                host_ledger(program, shape, plan, profile, found[0]),
-                device_ledger(program, shape, plan, profile, found[1], batch_bytes + buffers),
-            )
+    def simulated(self, found: Assessment) -> Simulated:
+        """A step of it."""
+        assert self.profiled is not None
+        plan, transport = found.plan, self.transport
+        num_elems = [
+            layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1) * layout.trainable
+            for layout, decision in zip(self.planner.layouts, plan.chunks, strict=True)
+        ]
+        is_here = transport is not None and transport.name == "shared-memory"
+        costs = Costs(
+            self.shape_of(plan),
+            plan,
+            self.profiled.times,
+            self.profiled.hardware,
+            num_elems,
+            shares_parameters=is_here,
+            ranks_here=transport.size if transport is not None and is_here else 1,
+        )
+        return simulate(found.program, costs, costs.capacity)
 
+    def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
+        """One plan for all ranks: rank 0 looks, and says what it found."""
         if self.transport is None:
-            return choose(plan, open_, len(self.units), budget, assess, device)
-        decided: Plan | DoesNotFit | None = None
+            return self._look(plan, open_)
+        decided: tuple[Plan, Sequence[Fate]] | DoesNotFit | None = None
         if self.transport.rank == 0:
             try:
-                decided = choose(plan, open_, len(self.units), budget, assess, device).plan
+                found, fates = self._look(plan, open_)
+                decided = found.plan, fates
             except DoesNotFit as error:
                 decided = error
         decided = self.transport.broadcast_object(decided)
         if isinstance(decided, DoesNotFit):
             raise decided
         assert decided is not None
-        return assess(decided)
+        return self.assess(decided[0]), decided[1]
 
-    def _profile(self, forward: Forward, loss: Loss, part: Any) -> MemoryProfile:
-        """What a micro-batch takes, measured without computing."""
-        shapes = {item.name: (item.shape, layout.dtype) for layout in self.layouts for item in layout.fields}
-        return measure_memory(self.model, self.units, forward, loss, part, shapes)
+    def _look(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
+        num_units = len(self.planner.units)
+        if not open_.is_any and not open_.may_adapt:
+            found = self.assess(plan)
+            if not self.budgets.fit(found):
+                raise refusal(found, open_, self.budgets)
+            return found, ()
+        profiled, memory = self.profiled, self.memory
+        if profiled is None:
+            return choose(plan, open_, num_units, self.budgets.host, self.assess, self.budgets.device), ()
+        assert memory is not None
+
+        def policies(plan: Plan, room_bytes: int) -> Sequence[Activations] | None:
+            disk = profiled.hardware.disk if open_.disk else None
+            return choose_for_units(memory, profiled.times, num_units, room_bytes, disk)
+
+        found = search(
+            plan,
+            open_,
+            num_units,
+            self.budgets.host,
+            self.assess,
+            lambda each: self.simulated(each).seconds,
+            policies,
+            self.budgets.device,
+        )
+        return found.best, [_fate(each) for each in found.candidates]
+
+
+def _fate(candidate: Candidate) -> Fate:
+    return Fate(describe(candidate.plan), candidate.seconds, candidate.peak_bytes, candidate.fate)

@@ -14,17 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..memory.allocator import StepHeap, keep_freed_blocks, num_heaps, return_blocks_at_once, uses_first_heap
+from ..memory.allocator import StepHeap, keep_freed_blocks, return_blocks_at_once
 from ..memory.budget import Memory
-from ..memory.errors import DoesNotFit
 from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import open_mesh
 from ..parallel.units import ROOT, Unit, assign_chunks, find_units, named_trainable
-from ..scheduler.fit import Open
+from ..scheduler.assessment import Open
 from ..scheduler.ledger import Ledger
-from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, plan_for_zero
+from ..scheduler.plan import Activations, Home, Plan, plan_for_zero
 from ..scheduler.prediction import Prediction
 from ..scheduler.program import Program
 from ..scheduler.trace import Phase, Trace, trace_model
@@ -33,6 +32,7 @@ from .constraints import Constraints, offloaded
 from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
 from .executor import Executor, Handler
+from .given_plan import check_alone, check_given
 from .host_figures import RESERVE_BYTES
 from .model_state import ModelState
 from .moving import MovingActivations
@@ -41,7 +41,7 @@ from .opening import fill_with, lay_out, open_moves, open_state, open_tier, reco
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
 from .pipeline_words import PipelineWords
-from .planning import Planned, Planner
+from .planning import Planner
 from .precision import cast_buffers, compute_dtypes
 from .recompute import Recomputed
 from .recovery import Recovery
@@ -59,6 +59,8 @@ __all__ = ["PreparedEngine"]
 
 class PreparedEngine(ABC):
     """The part of `Engine` that runs before the first step; see there for the arguments."""
+
+    _explores = False
 
     def __init__(
         self,
@@ -87,6 +89,8 @@ class PreparedEngine(ABC):
         schedule: str | None = None,
         chunks: int | None = None,
         stages: Sequence[str] | None = None,
+        plan: Plan | None = None,
+        predict: bool = False,
     ) -> None:
         check_arguments(model, micro_batches, clip_grad_norm)
         words = PipelineWords(pipeline, schedule, chunks, stages)
@@ -97,15 +101,21 @@ class PreparedEngine(ABC):
         self._mesh = open_mesh(pipeline)
         ranks = self._mesh.num_data
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
+        if plan is not None:
+            check_alone(plan, zero=zero, offload=offload, activations=activations, order=order, update=update)
+            zero = plan.zero
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
         self._has_budget = memory is not None and memory.host is not None
         self.memory = (memory or Memory()).filled(self._mesh.num_ranks)
         self._constraints = Constraints(offload, activations, order, update)
         self._constraints.check(self.memory, len(self._units), clips, micro_batches)
-        plan = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
-        plan = replace(plan, unified=not self.memory.is_separate)
-        self.plan: Plan = self._constraints.applied(plan, len(self._units))
+        base = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
+        base = replace(base, unified=not self.memory.is_separate)
+        if plan is not None:
+            check_given(plan, base, len(self._units), self.memory, pipeline)
+        self.plan: Plan = plan or self._constraints.applied(base, len(self._units))
+        self._is_given, self._predicts = plan is not None, predict
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport, self._mesh.data_group) if ranks > 1 else None
         dtype = torch.bfloat16 if precision == "bf16" else None
@@ -118,7 +128,7 @@ class PreparedEngine(ABC):
         self._tiers = open_tiers() if self.memory.is_separate else None
         # A rank of a pipeline has a part of the model, which is known when the first batch is.
         self._is_ample = pipeline > 1 or (
-            self._tiers is None and check_fit(model, self._layouts, self.plan, self.memory)
+            self._tiers is None and self._all_ranks(check_fit(model, self._layouts, self.plan, self.memory))
         )
         if not self._is_ample or (pipeline > 1 and self._has_budget):
             return_blocks_at_once()
@@ -174,16 +184,14 @@ class PreparedEngine(ABC):
         self.predicted: Ledger | None = None
         self.predicted_device: Ledger | None = None
         self.prediction: Prediction | None = None
+        self.prediction_note = ""
         cast_buffers(model, precision)
         self._pipeline = self._open_pipeline(words, transport)
         if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:
             self._recovery.is_together = False
-        if self._pipeline is not None:
-            if example is not None:
-                self._compile(split_batch(example, micro_batches))
-        elif self._is_ample or not self._constraints.open(self.memory).homes:
+        if self._pipeline is None and (self._is_ample or not self._open.homes):
             self._open_state()
-        elif example is not None:
+        if example is not None:
             self._compile(split_batch(example, micro_batches))
 
     @property
@@ -264,7 +272,11 @@ class PreparedEngine(ABC):
         if self._pipeline is not None:
             self._compile_pipeline(self._pipeline, part)
             return
-        open_ = self._constraints.open(self.memory)
+        self._choose(part)
+        self._carry_out()
+
+    def _choose(self, part: Any) -> None:
+        """The plan and its program, for a micro-batch."""
         drops_copies = self._state is not None and self._state.drops_copies
         with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
             self._trace = self._record(part)
@@ -283,14 +295,21 @@ class PreparedEngine(ABC):
             self.memory,
             self._is_ample,
             self.transport,
+            self._passage,
+            self._shapes,
         )
-        open_ = replace(open_, homes=open_.homes and self._state is None)
-        planned = self._planned(planner, open_, self._trace, part)
+        open_ = replace(self._open, homes=self._open.homes and self._state is None)
+        planned = planner.plan(self.plan, open_, self._trace, part, self._predicts, self._explores)
+        self.prediction, self.prediction_note = planned.prediction, planned.note
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
         self.predicted, self.predicted_device = planned.ledger, planned.device
+
+    def _carry_out(self) -> None:
+        """Make what the program works with."""
+        assert self._program is not None
         if self.plan.keeps_freed:
-            assert planned.ledger is not None
-            self._heap = StepHeap(planned.ledger.peak_bytes, RESERVE_BYTES // 2)  # no more than was predicted
+            assert self.predicted is not None
+            self._heap = StepHeap(self.predicted.peak_bytes, RESERVE_BYTES // 2)  # no more than was predicted
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
@@ -300,28 +319,6 @@ class PreparedEngine(ABC):
                 self._tier = self._tier or open_tier(self.memory, self._run_name, self.rank, {}, self._tiers)
             self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
         lay_out(self._program, self._tier, self._tiers)
-
-    def _planned(self, planner: Planner, open_: Open, trace: Trace, part: Any) -> Planned:
-        """The plan that fits, if there is one where freed blocks are kept; else where they are given back at once.
-
-        Kept is provable on one rank whose updates make no temporaries, in the first heap; micro-batches that take turns
-        have threads of their own, which must not have heaps of their own.
-        """
-        forward, loss = self._passage.forward, self._passage.call_loss
-        one_heap = num_heaps() == 1
-        if (
-            self.transport is None
-            and self.plan.unified
-            and not self._is_ample
-            and self._optimizer.is_fused
-            and (one_heap or (uses_first_heap() and self.plan.order is MicroBatchOrder.SEQUENTIAL))
-        ):
-            kept = replace(self.plan, keeps_freed=True)
-            try:
-                return planner.plan(kept, replace(open_, order=open_.order and one_heap), trace, forward, loss, part)
-            except DoesNotFit:
-                pass
-        return planner.plan(self.plan, open_, trace, forward, loss, part)
 
     def _make_room(self, phase: Phase) -> None:
         if self._heap is not None and self.predicted is not None:
@@ -362,6 +359,16 @@ class PreparedEngine(ABC):
             moving = open_moves(self._program, self.state, self._tier, shown=pipeline.passes.show)
             self._moving = self._hooks.moving = pipeline.passes.moving = moving
         lay_out(self._program, self._tier, None)
+
+    def _all_ranks(self, is_so: bool) -> bool:
+        """Whether it is so on every rank, which must go the same way."""
+        return is_so if self.transport is None else bool(self.transport.gather_rows([float(is_so)]).min())
+
+    @property
+    def _open(self) -> Open:
+        if self._is_given:
+            return Open(homes=False, activations=False, order=False, update=False, may_adapt=False)
+        return self._constraints.open(self.memory)
 
     @property
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -20,13 +20,15 @@ from ..scheduler.hardware import DiskFigures, Hardware, NetFigures
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from .optimizer import PiecewiseOptimizer
 
-__all__ = ["cache_folder", "measure_net", "probe"]
+__all__ = ["PROBE_BYTES", "cache_folder", "kept_figures", "machine_key", "measure_net", "probe", "update_speed"]
 
 _ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hold
 _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
+PROBE_BYTES = 12 * 4 * (4 << 20)  # the most that measuring takes: the disk's blocks, more than the tensors
 
 
 def cache_folder() -> Path:
@@ -45,21 +47,39 @@ def probe(disk_folder: str | None = None, fresh: bool = False, folder: Path | No
 
     Raises: what the disk store raises.
     """
-    name = f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    device = "" if disk_folder is None else str(Path(disk_folder).stat().st_dev)
-    key = hashlib.blake2b(f"{name} {device}".encode(), digest_size=8).hexdigest()
-    path = (folder or cache_folder()) / f"hardware-{key}.json"
-    if not fresh and path.is_file():
-        try:
-            return Hardware.from_json(path.read_text(encoding="utf-8"))
-        except ValueError:
-            pass  # of another version: it is measured and written anew
-    found = _measure(name, disk_folder)
+    found = None if fresh else kept_figures(disk_folder, folder)
+    if found is not None:
+        return found
+    path = _figures_path(disk_folder, folder)
+    found = _measure(_machine_name(), disk_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(found.to_json(), encoding="utf-8")
     partial.replace(path)
     return found
+
+
+def kept_figures(disk_folder: str | None = None, folder: Path | None = None) -> Hardware | None:
+    """What was measured earlier; None: nothing, or by another version."""
+    path = _figures_path(disk_folder, folder)
+    try:
+        return Hardware.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def machine_key(disk_folder: str | None) -> str:
+    """Names files of figures that hold for this machine, this many threads, this version of torch and this disk."""
+    device = "" if disk_folder is None else str(Path(disk_folder).stat().st_dev)
+    return hashlib.blake2b(f"{_machine_name()} {device}".encode(), digest_size=8).hexdigest()
+
+
+def _machine_name() -> str:
+    return f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _figures_path(disk_folder: str | None, folder: Path | None) -> Path:
+    return (folder or cache_folder()) / f"hardware-{machine_key(disk_folder)}.json"
 
 
 def _measure(name: str, disk_folder: str | None) -> Hardware:
@@ -117,6 +137,13 @@ def _median_s(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - began_s)
     return statistics.median(seconds)
+
+
+def update_speed(optimizer: "PiecewiseOptimizer", elems: int = _ELEMS // 2) -> float:
+    """Elements a second that the run's own optimizer updates, its slots in memory."""
+    parameter = torch.nn.Parameter(torch.ones(elems))
+    parameter.grad = torch.ones(elems)
+    return elems / _median_s(optimizer.alone(parameter).step)
 
 
 def measure_net(transport: "Transport") -> NetFigures:

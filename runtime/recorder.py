@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from .config import RuntimeConfig, TrainConfig
 from .events import Drifted, Event, Failure, Finished, MemoryHeld, Rows, Started
 from .result import Metrics
-from .run_folder import RunFolder
+from .run_folder import PREDICTION_NAME, RunFolder
 
 __all__ = ["Display", "Recorder", "versions"]
 
@@ -46,6 +46,7 @@ class Recorder:
         self.failures: list[Failure] = []
         self.drifts: list[dict[str, Any]] = []
         self.plan: Any = None
+        self._note = ""
         self.peak_bytes: dict[int, dict[str, int]] = {}
         self.state_bytes: dict[int, dict[str, int]] = {}
         self.base_bytes: dict[int, int] = {}
@@ -54,12 +55,14 @@ class Recorder:
     def send(self, event: Event) -> None:
         """Record one event."""
         match event:
-            case Started(rank=rank, plan=plan, base_bytes=base_bytes, budget_bytes=budget_bytes):
-                self.base_bytes[rank] = base_bytes
-                self.budget_bytes[rank] = dict(budget_bytes)
+            case Started(rank=rank, plan=plan, prediction=prediction, note=note):
+                self.base_bytes[rank] = event.base_bytes
+                self.budget_bytes[rank] = dict(event.budget_bytes)
                 if rank == 0:
-                    self.plan = plan
+                    self.plan, self._note = plan, note
                     self._folder.write_json("plan.json", plan.to_json())
+                    if prediction is not None:
+                        self._folder.write_json(PREDICTION_NAME, prediction)
             case Rows(rows=rows):
                 self.metrics.extend(rows)
                 self._file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -107,6 +110,7 @@ class Recorder:
             "budget_bytes": {str(rank): tiers for rank, tiers in sorted(self.budget_bytes.items())},
             "drifts": self.drifts,
             "workers": self._runtime.workers,
+            "not_predicted_because": self._note or None,
             "arguments": self._config.to_json(),
             "started": datetime.fromtimestamp(self._started_s, UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self._started_s, 3),

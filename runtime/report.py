@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..memory.timeline import Timeline, timelines_from
 from ..scheduler.compare import Comparison, compare
 from ..scheduler.prediction import Prediction
-from .run_folder import fetch
+from .run_folder import PREDICTION_NAME, fetch
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -132,7 +132,7 @@ def read_report(run_path: Path | str) -> Report:
     summary = _json(run_path, "result.json")
     trace = _json(run_path, "timeline.json")
     lines = _text(run_path, "metrics.jsonl")
-    predicted = _text(run_path, "prediction.json")
+    predicted = _text(run_path, PREDICTION_NAME)
     if summary is None and lines is None:
         raise ValueError(f"{run_path} is no run folder: it holds neither result.json nor metrics.jsonl")
     prediction = Prediction.from_json(predicted) if predicted is not None else None

@@ -3,7 +3,8 @@
 Owns the paths, writing the small files, and bringing them to a far file system, also after a failure. It does not own
 what the files say (`recorder.py`), nor the weights (the engine exports them, to `export_path`).
 
-    <storage path>/<name>/  plan.json  metrics.jsonl  timeline.json  result.json  model.safetensors  logs/
+    <storage path>/<name>/  plan.json  prediction.json  metrics.jsonl  timeline.json  result.json  model.safetensors
+                            logs/
 """
 
 import json
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["WEIGHTS_NAME", "RunFolder", "fetch", "is_uri", "weights_target"]
+__all__ = ["PREDICTION_NAME", "WEIGHTS_NAME", "RunFolder", "fetch", "is_uri", "weights_target"]
 
 WEIGHTS_NAME = "model.safetensors"
+PREDICTION_NAME = "prediction.json"
 _LEFT_BY_RAY = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 
 

@@ -18,7 +18,7 @@ from ..memory.budget import Memory
 from .api import Runtime
 from .result import Result
 
-__all__ = ["load_function", "run_file", "split_arguments"]
+__all__ = ["arguments_of", "load_function", "run_file", "split_arguments"]
 
 
 def run_file(
@@ -33,19 +33,28 @@ def run_file(
     Raises:
         ValueError: no such file or function, or arguments that nobody knows.
     """
+    for_runtime, for_train = arguments_of(target, disk, workers=workers, memory=memory, name=name)
+    result = Runtime(**for_runtime).train(**for_train)
+    Console().print(f"{result}\nrun folder: {result.path}", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def arguments_of(target: str, disk: str | None, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `Runtime` and of `Runtime.train` that a function returns, with the options that are not None in
+    place of its own.
+
+    Raises:
+        ValueError: no such file or function, or arguments that nobody knows.
+    """
     arguments = load_function(target)()
     if not isinstance(arguments, dict):
         raise ValueError(f"{target} must return a dict of train's arguments, got {type(arguments).__name__}")
-    options = {"workers": workers, "memory": memory, "name": name}
     arguments |= {key: value for key, value in options.items() if value is not None}
     if isinstance(arguments.get("memory"), str | int):
         arguments["memory"] = Memory(host=arguments["memory"])
     if disk is not None:
         arguments["memory"] = replace(arguments.get("memory") or Memory(), disk=disk)
-    for_runtime, for_train = split_arguments(arguments)
-    result = Runtime(**for_runtime).train(**for_train)
-    Console().print(f"{result}\nrun folder: {result.path}", markup=False, highlight=False, soft_wrap=True)
-    return result
+    return split_arguments(arguments)
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory.allocator import return_blocks_at_once
+from ..memory.allocator import return_blocks_at_once, return_freed_blocks
 from ..memory.budget import Memory, format_bytes
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
@@ -26,6 +26,7 @@ from .data import DataError, Share, Source, open_data
 from .engine import Engine, StepResult
 from .events import Drifted, Failure, Finished, MemoryHeld, Rows, Sink, Started
 from .filling import Filler, make_filler
+from .plan_only import PlannedEngine
 from .run_folder import weights_target
 from .typical_step import TypicalStep
 
@@ -77,6 +78,7 @@ class _Progress:
 
 def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progress) -> None:
     config = job.config
+    return_freed_blocks()  # of whatever this process did before
     base_bytes = read_process_memory().resident_bytes
     num_data = config.num_data(place.num_ranks)
     source = open_data(job.data, config, place.rank % num_data, num_data)
@@ -84,9 +86,9 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     if memory.disk is not None:
         return_blocks_at_once()  # from the first block on: a heap that has grown does not shrink
     parts = shares(source, config)
-    is_planned = memory.disk is not None or memory.is_separate or config.pipeline > 1
-    first = [next(parts)] if is_planned else []  # the plan is made for it, before anything is moved
-    engine = progress.engine = _engine(job, memory, Path(run_path).name, first[0].samples if first else None)
+    first = next(parts)  # the plan is made for it, before anything is moved
+    engine = progress.engine = _engine(job, memory, Path(run_path).name, first.samples)
+    prediction = engine.prediction if place.rank == 0 else None
     sink.send(
         Started(
             place.rank,
@@ -95,15 +97,20 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
             {"host": memory.host_bytes} if memory.host_bytes else {},
             base_bytes,
             engine.plan,
+            None if prediction is None else prediction.to_json(),
+            engine.prediction_note,
         )
     )
+    if job.plans_only:
+        sink.flush()
+        return
     callbacks = job.callbacks if place.rank == 0 else ()
     for callback in callbacks:
         callback.on_start(engine)
     peak_bytes: dict[str, int] = {}
     step: StepResult | None = None
     watch = DriftWatch(engine.prediction)
-    for share in itertools.chain(first, parts):
+    for share in itertools.chain([first], parts):
         step = engine.step(share.samples)
         progress.step = step.step
         if place.rank == 0:
@@ -137,7 +144,7 @@ def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Eng
     config = job.config
     built = _built(job, memory)
     try:
-        return Engine(
+        return (PlannedEngine if job.plans_only else Engine)(
             built.model,
             optimizer=job.optimizer,
             lr_scheduler=job.lr_scheduler,
@@ -160,6 +167,8 @@ def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Eng
             activations=config.activations,
             order=config.order,
             example=example,
+            plan=job.plan,
+            predict=config.pipeline == 1,
         )
     except ValueError as error:
         error.outgrow_argument = True  # type: ignore[attr-defined]  # an argument was refused: the caller gets this very error

@@ -27,13 +27,19 @@ class Assessment:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """What may be decided; the rest is fixed by the caller. `disk`: whether homes on disk are among the choices."""
+    """What may be decided; the rest is fixed by the caller.
+
+    Attributes:
+        disk: whether homes on disk are among the choices.
+        may_adapt: whether prefetch and spare memory may be used as the budgets allow; not where a whole plan was given.
+    """
 
     homes: bool
     activations: bool
     order: bool
     update: bool
     disk: bool = True
+    may_adapt: bool = True
 
     @property
     def is_any(self) -> bool:
@@ -111,6 +117,8 @@ def describe(plan: Plan) -> str:
     parts.append("updates in the backward pass" if plan.update is UpdateTime.BACKWARD else "updates after it")
     if plan.uses_disk or plan.world_size > 1:
         parts.append(f"prefetch {plan.prefetch}")
+    if plan.keeps_freed:
+        parts.append("freed blocks kept")
     if plan.cache_bytes:
         parts.append(f"{format_bytes(plan.cache_bytes)} of parameters stay")
     return ", ".join(parts)

@@ -30,6 +30,11 @@ class DiskFigures:
     def __post_init__(self) -> None:
         _check_positive(self, "latency_s")
 
+    def scaled(self, factor: float) -> "DiskFigures":
+        """A disk of so many times the bandwidth."""
+        read, write, both = (factor * n for n in (self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s))
+        return DiskFigures(read, write, both, self.latency_s)
+
     @property
     def both_capacity(self) -> float:
         """How much is done when both directions run, in units of one alone: 1 where they share, 2 where they do not

@@ -80,6 +80,7 @@ class Prediction:
         tiers: bytes over the step, against the budgets.
         units: names of the unit runs: the `F12.0` of a timeline is a forward of `units[12]`.
         fates: of all plans that were looked at, the fastest first.
+        what_if: what more of something would buy: the plan that there would be then.
     """
 
     timeline: Timeline
@@ -87,6 +88,7 @@ class Prediction:
     tiers: tuple[TierPrediction, ...]
     units: tuple[str, ...]
     fates: tuple[Fate, ...] = ()
+    what_if: tuple[Fate, ...] = ()
 
     @classmethod
     def of(
@@ -143,6 +145,7 @@ class Prediction:
             "tiers": [asdict(tier) for tier in self.tiers],
             "stalls_s": self.stalls_s,
             "fates": [asdict(fate) for fate in self.fates],
+            "what_if": [asdict(fate) for fate in self.what_if],
             "spans": [[s.lane, s.action, s.start_s, s.end_s, s.num_bytes] for s in self.timeline.spans],
         }
         return json.dumps(whole)
@@ -167,9 +170,9 @@ class Prediction:
             )
             spans = tuple(_span_from(each) for each in fields["spans"])
             timeline = Timeline(spans, {tier.tier: tier.peak_bytes for tier in tiers}, fields["rank"])
-            fates = tuple(Fate(**each) for each in fields["fates"])
+            fates, what_if = (tuple(Fate(**each) for each in fields[name]) for name in ("fates", "what_if"))
             stalls = {lane: dict(waits) for lane, waits in fields["stalls_s"].items()}
-            return cls(timeline, stalls, tiers, tuple(fields["units"]), fates)
+            return cls(timeline, stalls, tiers, tuple(fields["units"]), fates, what_if)
         except json.JSONDecodeError as error:
             raise ValueError(f"this is no prediction: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:

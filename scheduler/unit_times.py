@@ -4,19 +4,24 @@ Owns the shapes of what units are given (one pass without values), the copies wi
 not own what becomes of the numbers (`cost.py`).
 
 Two unit runs are alike if their modules have the same classes and parameters and they are given tensors of the same
-shapes and types. One of them is made real, timed forward and backward, and let go before the next.
+shapes and types. One of them is made real, timed forward and backward, and let go before the next. Each kind has a name
+under which its seconds can be kept: where there is no room to make a unit real, those of an earlier time serve.
 """
 
 import copy
+import hashlib
+import inspect
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..memory.errors import DoesNotFit
 from ..parallel.units import Unit
 from .cost import TimeProfile, UnitSeconds
 from .dataflow import Flow, Output, TensorSpec, trace_flow
@@ -37,40 +42,74 @@ def measure_seconds(
     micro_batch: Any,
     shapes: Shapes | None = None,
     input_dtype: InputDtype | None = None,
+    known: MutableMapping[str, UnitSeconds] | None = None,
+    has_room: Callable[[int], bool] = lambda run: True,
 ) -> TimeProfile:
     """The profile of one micro-batch. The model, its buffers and the random numbers stay as they are.
 
     Args:
         trace: of the model, from the same micro-batch.
         shapes, input_dtype: as in `trace_model`.
+        known: seconds by the name of a unit's kind. Those measured now are put there; those that cannot be measured
+            now are taken from there.
+        has_room: f(unit run) -> whether there is memory to make it real.
 
     Raises:
         ValueError: the model does not run without values.
+        DoesNotFit: no room for a unit whose seconds are not known either.
         whatever a unit raises on random inputs.
     """
     flow = trace_flow(model, units, forward, micro_batch, shapes)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    known: dict[Any, UnitSeconds] = {}
+    kept: MutableMapping[str, UnitSeconds] = {} if known is None else known
+    timed: dict[str, UnitSeconds] = {}
     result = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for run, call in enumerate(trace.calls):
             unit = units[call.unit]
-            key = _kind(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward)
-            if key not in known:
-                dtype = input_dtype(unit.module) if input_dtype is not None else None
-                known[key] = _time_unit(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
-            result.append(known[key])
+            dtype = input_dtype(unit.module) if input_dtype is not None else None
+            kind = _kind(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
+            if kind not in timed and has_room(run):
+                timed[kind] = kept[kind] = _time_unit(
+                    unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype
+                )
+            elif kind not in timed:
+                if kind not in kept:
+                    raise DoesNotFit(
+                        f"there is no room to run unit {unit.name} alone, and how long it takes is not known yet"
+                    )
+                timed[kind] = kept[kind]
+            result.append(timed[kind])
         loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch)
     return TimeProfile(tuple(result), loss_s, loss_backward_s)
 
 
-def _kind(module: nn.Module, names: dict[int, str], shapes: Shapes, given: Output, has_backward: bool) -> Any:
-    """Equal for units that take the same time."""
-    parts = tuple((type(part), part.extra_repr()) for part in module.modules())
+def _kind(
+    module: nn.Module,
+    names: dict[int, str],
+    shapes: Shapes,
+    given: Output,
+    has_backward: bool,
+    dtype: torch.dtype | None,
+) -> str:
+    """Equal for units that take the same time, also in other runs: classes and their sources, parameters, inputs."""
+    parts = tuple((_class_name(type(part)), part.extra_repr()) for part in module.modules())
     parameters = tuple((_shape_of(p, names, shapes), p.requires_grad) for p in module.parameters())
     inputs = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in given.leaves)
-    return parts, parameters, inputs, has_backward
+    text = repr((parts, parameters, inputs, has_backward, dtype))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+@cache
+def _class_name(kind: type) -> str:
+    """Of a module's class, with what it does."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # made where there is no file
+        source = ""
+    digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+    return f"{kind.__module__}.{kind.__qualname__} {digest}"
 
 
 def _shape_of(parameter: nn.Parameter, names: dict[int, str], shapes: Shapes) -> tuple[tuple[int, ...], torch.dtype]:

@@ -1,5 +1,8 @@
-"""Settings of all tests: properties try the same examples every time, however slow the machine is."""
+"""Settings of all tests: properties try the same examples every time, however slow the machine is; what is measured of
+this machine is kept for the session and not in the user's cache."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +11,19 @@ from hypothesis import settings
 
 settings.register_profile("same-every-time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same-every-time")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache() -> Iterator[None]:
+    """Also for the processes that tests start."""
+    with tempfile.TemporaryDirectory(prefix="outgrow-cache-") as folder:
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = folder
+        yield
+        if before is None:
+            del os.environ["XDG_CACHE_HOME"]
+        else:
+            os.environ["XDG_CACHE_HOME"] = before
 
 
 @pytest.fixture

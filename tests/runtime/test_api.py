@@ -88,7 +88,14 @@ def test_trains_like_a_plain_loop_and_leaves_a_whole_run_folder(tmp_path):
         assert torch.equal(model.state_dict()[name], weight)  # in place
     assert result.path == tmp_path / "my runs" / "one"
     names = sorted(path.name for path in result.path.iterdir())
-    assert names == ["metrics.jsonl", "model.safetensors", "plan.json", "result.json", "timeline.json"]
+    assert names == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "plan.json",
+        "prediction.json",
+        "result.json",
+        "timeline.json",
+    ]
     lines = (result.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(result.metrics)
     assert Plan.from_json((result.path / "plan.json").read_text()) == result.plan

@@ -114,7 +114,8 @@ def test_two_ranks_train_as_one(tmp_path, shared_ray, capfd):
     assert (rank, threads) == ("0", "1")
     assert int(process) != os.getpid()
     assert set(both.summary["peak_bytes"]) == set(both.summary["state_bytes"]) == {"0", "1"}
-    expected = {"logs", "metrics.jsonl", "model.safetensors", "plan.json", "result.json", "timeline.json"}
+    jsons = {"plan.json", "prediction.json", "result.json", "timeline.json"}
+    expected = {"logs", "metrics.jsonl", "model.safetensors"} | jsons
     assert {path.name for path in (tmp_path / "both").iterdir()} == expected
     assert capfd.readouterr() == ("", "")
 

@@ -32,6 +32,7 @@ def test_runtime_arguments():
         "storage_path": None,
         "name": None,
         "progress": True,
+        "plan": None,
     }
 
 
@@ -80,13 +81,14 @@ def test_commands_and_options():
         "demo": ["--steps", "--workers"],
         "doctor": ["--folder"],
         "perf": [],
+        "plan": ["--disk", "--fresh", "--memory", "--out", "--workers", "target"],
         "report": ["--html", "run"],
         "schedule": [],
         "train": ["--disk", "--memory", "--name", "--workers", "target"],
     }
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["doctor"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["plan"], ["doctor"], ["report"]])
 def test_help_answers_without_torch_or_ray(command):
     code = (
         "import sys; from outgrow.runtime.cli import app\n"

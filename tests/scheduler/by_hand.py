@@ -1,6 +1,6 @@
 """A plan of four units whose bytes are added up by hand, for what chooses among plans."""
 
-from outgrow.scheduler.fit import Assessment, Open
+from outgrow.scheduler.assessment import Assessment, Open
 from outgrow.scheduler.ledger import Ledger
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan
 from outgrow.scheduler.program import Buffer, Program

@@ -6,10 +6,11 @@ import pytest
 from by_hand import EVERYTHING, NUM_UNITS, PLAN, assess
 
 from outgrow.memory.errors import DoesNotFit
+from outgrow.parallel.actions import Action, Kind
 from outgrow.scheduler.assessment import Assessment, Open, describe
 from outgrow.scheduler.ledger import Ledger
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
-from outgrow.scheduler.program import Buffer, Program
+from outgrow.scheduler.program import Buffer, Instruction, Lane, Program
 from outgrow.scheduler.search import Found, search
 
 NOTHING = Open(homes=False, activations=False, order=False, update=False)
@@ -84,6 +85,25 @@ def test_the_exact_choice_of_activations_is_tried_with_the_room_that_there_is() 
     assert asked[0] == 720 - 660
 
 
+def test_of_plans_that_no_prediction_tells_apart_the_one_that_moves_least_is_taken() -> None:
+    def moving(plan: Plan) -> Assessment:
+        moved = 10 * sum(chunk.optimizer_home is Home.DISK for chunk in plan.chunks)
+        read = Instruction(Action(Kind.READ, 0, slot="optim"), Lane.READ, (), moved)
+        return replace(assess(plan), program=Program((read,)))
+
+    def seconds(factor: float) -> Found:
+        def predict(found: Assessment) -> float:
+            return 1.0 if found.plan.uses_disk else factor
+
+        return search(PLAN, replace(EVERYTHING, activations=False, order=False), NUM_UNITS, 2000, moving, predict)
+
+    near = seconds(1.015)
+    assert not near.best.plan.uses_disk
+    assert near.seconds == 1.015
+    assert near.candidates[1].fate == "faster by 1.5%, moves 40 B more"
+    assert seconds(1.03).best.plan.uses_disk
+
+
 def test_what_is_left_of_the_budget_brings_chunks_nearer() -> None:
     result = found(500)
     assert [c.optimizer_home for c in result.best.plan.chunks].count(Home.HOST) == 2
@@ -100,7 +120,9 @@ def test_what_is_left_of_the_budget_keeps_parameters_in_memory() -> None:
         program = Program((), (Buffer("b", "host", 0, buffers),))
         return Assessment(plan, program, Ledger(buffers, "F0.0", {"buffers": buffers}))
 
-    result = search(on_disk, NOTHING, NUM_UNITS, 300 * mebibyte, scaled, lambda found: -found.plan.cache_bytes)
+    result = search(
+        on_disk, NOTHING, NUM_UNITS, 300 * mebibyte, scaled, lambda found: 9 - found.plan.cache_bytes / (100 * mebibyte)
+    )
     assert 250 * mebibyte < result.best.ledger.peak_bytes <= 300 * mebibyte
 
 

@@ -1,0 +1,62 @@
+"""A model's units as a chain of pieces, for the exact choice of what is kept, recomputed or offloaded.
+
+Owns the step from measured bytes and seconds to pieces, and from a choice for unit runs to one for units. Does not own
+the choice (`recompute.py`) nor the figures (`memory_profile.py`, `cost.py`).
+"""
+
+from collections.abc import Sequence
+
+from .cost import TimeProfile
+from .hardware import DiskFigures
+from .memory_profile import MemoryProfile
+from .plan import Activations
+from .recompute import Piece, choose_activations
+
+__all__ = ["choose_for_units", "pieces_of"]
+
+
+def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | None = None) -> list[Piece]:
+    """One for each unit run.
+
+    Raises:
+        ValueError: profiles of different models.
+    """
+    result: list[Piece] = []
+    for unit, seconds in zip(memory.units, times.units, strict=True):
+        forward, backward = unit.forward, unit.backward
+        again = unit.input_bytes + unit.recompute_peak_bytes + backward.summing_peak_bytes
+        result.append(
+            Piece(
+                saved_bytes=unit.saved_bytes,
+                input_bytes=unit.input_bytes,
+                keep_peak_bytes=max(forward.peak_bytes, unit.saved_bytes + backward.summing_peak_bytes),
+                recompute_peak_bytes=max(forward.unsaved_peak_bytes, again),
+                offload_peak_bytes=unit.saved_bytes + max(forward.unsaved_peak_bytes, backward.summing_peak_bytes),
+                forward_s=seconds.forward_s,
+                backward_s=seconds.backward_s,
+                recompute_s=seconds.recompute_s,
+                save_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.write_bytes_per_s,
+                load_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.read_bytes_per_s,
+            )
+        )
+    return result
+
+
+def choose_for_units(
+    memory: MemoryProfile, times: TimeProfile, num_units: int, room_bytes: int, disk: DiskFigures | None = None
+) -> Sequence[Activations] | None:
+    """A policy for every unit, the fastest that keeps activations within `room_bytes`; None: none does.
+
+    A unit that runs several times has one policy: what the leanest of its runs has.
+    """
+    allowed = [Activations.KEEP, Activations.RECOMPUTE]
+    if disk is not None:
+        allowed.append(Activations.OFFLOAD_DISK)
+    choice = choose_activations(pieces_of(memory, times, disk), room_bytes, allowed)
+    if choice is None:
+        return None
+    words = [Activations.KEEP] * num_units
+    for unit, word in zip(memory.units, choice.words, strict=True):
+        if word is not Activations.KEEP:
+            words[unit.unit] = word
+    return words
