@@ -15,20 +15,20 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..memory.allocator import keep_freed_blocks, num_heaps, return_blocks_at_once, return_freed_blocks
+from ..memory.allocator import num_heaps, return_blocks_at_once, return_freed_blocks
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
 from ..parallel.units import Unit
 from ..scheduler.assessment import Assessment, Budgets, Open, describe, refusal
-from ..scheduler.cost import Costs
+from ..scheduler.cost import Costs, TimeProfile
 from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import choose
 from ..scheduler.ledger import HostFigures, Ledger, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
-from ..scheduler.pieces import choose_for_units
+from ..scheduler.pieces import choose_for_units, without_faults
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
 from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import Program, StepShape
@@ -128,7 +128,6 @@ class _Decided:
     open_: Open
     found: Assessment
     fates: Sequence[Fate]
-    profiled: Profiled | None
     note: str
 
 
@@ -156,16 +155,15 @@ class _Planning:
             return Planned(plan, program, shape.held, None)
         self._count_process()
         if is_ample:
-            note = self._measure_seconds(plan) if predicts else ""
             found = self.assess(plan)
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
-                return self._planned(_Decided(plan, open_, found, (), self.profiled, note), explores)
-        decided = self._tight(plan, open_, predicts)
-        return_blocks_at_once()
-        return self._planned(decided, explores)
+                note = self._measure_seconds(keeps_freed=True) if predicts else ""
+                return self._planned(_Decided(plan, open_, found, (), note), explores)
+        return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
+        return self._planned(self._tight(plan, open_, predicts), explores)
 
     def _planned(self, decided: "_Decided", explores: bool) -> Planned:
-        found, self.profiled = decided.found, decided.profiled
+        found = decided.found
         shape = self.shape_of(found.plan)
         verify(found.program, shape, found.plan)
         prediction = None
@@ -179,35 +177,25 @@ class _Planning:
     def _tight(self, plan: Plan, open_: Open, predicts: bool) -> "_Decided":
         """The best plan that keeps freed blocks, which saves page faults and takes memory; or that does not, where that
         is faster or the other does not fit."""
+        modes = self._modes(plan, open_)
+        note = self._measure_seconds(keeps_freed=False) if predicts or open_.is_any else ""
         best: _Decided | None = None
-        for plan_, open__ in self._modes(plan, open_):
-            note = self._measure_seconds(plan_) if predicts or open__.is_any else ""
+        for number, (plan_, open__) in enumerate(modes):
             try:
                 found, fates = self._decide(plan_, open__)
             except DoesNotFit:
-                if best is None and plan_.keeps_freed is not plan.keeps_freed:
-                    continue  # the other mode is leaner, and its refusal says what is missing
-                if best is None:
-                    raise
-                break
-            decided = _Decided(plan_, open__, found, fates, self.profiled, note)
-            if best is None or self._is_faster(decided, best):
-                best = decided
-            if not found.plan.activations and not found.plan.uses_disk:
-                break
-            if self.profiled is None:
-                break  # nothing could be compared
+                if best is None and number == len(modes) - 1:
+                    raise  # the leanest way's refusal says what is missing
+                continue
+            if best is None or self._is_faster(found, best.found):
+                best = _Decided(plan_, open__, found, fates, note)
+            if self.profiled is None or not (found.plan.activations or found.plan.uses_disk):
+                break  # nothing that could be compared, or bettered
         assert best is not None
         return best
 
-    def _is_faster(self, one: "_Decided", other: "_Decided") -> bool:
-        seconds: list[float] = []
-        for each in (one, other):
-            self.profiled = each.profiled
-            if self.profiled is None:
-                return False
-            seconds.append(self.simulated(each.found).seconds)
-        return seconds[0] < seconds[1]
+    def _is_faster(self, one: Assessment, other: Assessment) -> bool:
+        return self.simulated(one).seconds < self.simulated(other).seconds
 
     def _modes(self, plan: Plan, open_: Open) -> list[tuple[Plan, Open]]:
         """With freed blocks kept, where that can be proved to fit, and given back at once.
@@ -267,17 +255,14 @@ class _Planning:
             device = None if device is None else int(rows[:, 2].min())
         self.budgets = Budgets(budget, device)
 
-    def _measure_seconds(self, plan: Plan) -> str:
-        """Within what is left of the budget, with freed blocks treated as the plan says. Returns why it could not be
-        done, or nothing."""
-        self.profiled = None
+    def _measure_seconds(self, keeps_freed: bool) -> str:
+        """Within what is left of the budget, in a process that keeps freed blocks or gives them back. Returns why it
+        could not be done, or nothing."""
         if self.planner.memory.is_separate and torch.cuda.is_available():
             return "seconds are measured on the host only, and units compute on a CUDA device"
         left_bytes = self.budgets.host - read_process_memory().resident_bytes
-        keeps = plan.keeps_freed or self.planner.is_ample
-        _ = keep_freed_blocks() if keeps else return_blocks_at_once()
         try:
-            self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps)
+            self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
         except NotProfiled as error:
             _LOG.info("plans are compared by the bytes that they move, since %s", error)
             return str(error)
@@ -338,13 +323,22 @@ class _Planning:
         costs = Costs(
             self.shape_of(plan),
             plan,
-            self.profiled.times,
+            self._times(plan),
             self.profiled.hardware,
             num_elems,
             shares_parameters=is_here,
             ranks_here=transport.size if transport is not None and is_here else 1,
         )
         return simulate(found.program, costs, costs.capacity)
+
+    def _times(self, plan: Plan) -> TimeProfile:
+        """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults."""
+        assert self.profiled is not None
+        times = self.profiled.times
+        if not plan.keeps_freed:
+            return times
+        assert self.memory is not None
+        return without_faults(times, self.memory, self.profiled.hardware.fault_s_per_byte)
 
     def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
         """One plan for all ranks: rank 0 looks, and says what it found."""

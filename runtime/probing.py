@@ -5,6 +5,7 @@ anew. Does not own the record (`scheduler/hardware.py`).
 """
 
 import hashlib
+import mmap
 import os
 import platform
 import statistics
@@ -98,6 +99,7 @@ def _measure(name: str, disk_folder: str | None) -> Hardware:
         source.nbytes / sum_s,
         _ELEMS / update_s,
         _action_seconds(),
+        _fault_seconds(),
         disk,
     )
 
@@ -108,6 +110,22 @@ def _measure_disk(folder: str) -> DiskFigures:
     small = measure_disk(folder, 64 * small_bytes, block_bytes=small_bytes // 2, depth=1)
     latency_s = small_bytes * (1 / small.read_bytes_per_s - 1 / alone.read_bytes_per_s)
     return DiskFigures(alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s, max(0.0, latency_s))
+
+
+def _fault_seconds() -> float:
+    """For each byte of fresh memory, what filling it takes more than filling it again."""
+    size = 4 * _ELEMS
+    differences: list[float] = []
+    for _ in range(_ROUNDS):
+        with mmap.mmap(-1, size) as fresh:
+            values = torch.frombuffer(fresh, dtype=torch.float32)
+            times = [time.perf_counter()]
+            for _again in range(2):
+                values.fill_(1.0)
+                times.append(time.perf_counter())
+            differences.append((times[1] - times[0]) - (times[2] - times[1]))
+            del values
+    return max(0.0, statistics.median(differences)) / size
 
 
 def _action_seconds() -> float:

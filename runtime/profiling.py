@@ -130,6 +130,9 @@ class Profiler:
         def has_room(run: int) -> bool:
             if room is None or memory is None:
                 return True
+            if run == len(memory.units):
+                output_bytes = memory.units[-1].output_bytes
+                return 4 * output_bytes + memory.loss.peak_bytes + memory.loss_backward.peak_bytes <= room
             unit = memory.units[run]
             parameters = 2 * sum(
                 torch.Size(shapes[name][0]).numel() * shapes[name][1].itemsize if name in shapes else parameter.nbytes

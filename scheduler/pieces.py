@@ -5,14 +5,15 @@ the choice (`recompute.py`) nor the figures (`memory_profile.py`, `cost.py`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .cost import TimeProfile
+from .cost import TimeProfile, UnitSeconds
 from .hardware import DiskFigures
-from .memory_profile import MemoryProfile
+from .memory_profile import MemoryProfile, UnitMemory
 from .plan import Activations
 from .recompute import Piece, choose_activations
 
-__all__ = ["choose_for_units", "pieces_of"]
+__all__ = ["choose_for_units", "pieces_of", "without_faults"]
 
 
 def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | None = None) -> list[Piece]:
@@ -60,3 +61,28 @@ def choose_for_units(
         if word is not Activations.KEEP:
             words[unit.unit] = word
     return words
+
+
+def without_faults(times: TimeProfile, memory: MemoryProfile, fault_s_per_byte: float) -> TimeProfile:
+    """What units take where the blocks that they free are kept, from what they take where each is a fresh one of the
+    kernel's: less its page faults, for all that a unit makes. At least half of it is left."""
+
+    def less(seconds: float, churn_bytes: int) -> float:
+        return max(seconds - fault_s_per_byte * churn_bytes, seconds / 2)
+
+    def of(unit: UnitMemory, seconds: UnitSeconds) -> UnitSeconds:
+        backward_s = less(seconds.backward_s, unit.backward.churn_bytes)
+        return replace(
+            seconds,
+            forward_s=less(seconds.forward_s, unit.forward.churn_bytes),
+            backward_s=backward_s,
+            weight_s=min(seconds.weight_s, backward_s),
+            recompute_s=less(seconds.recompute_s, unit.recompute_churn_bytes),
+        )
+
+    units = tuple(of(*pair) for pair in zip(memory.units, times.units, strict=True))
+    return TimeProfile(
+        units,
+        less(times.loss_s, memory.loss.churn_bytes),
+        less(times.loss_backward_s, memory.loss_backward.churn_bytes),
+    )

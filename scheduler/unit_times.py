@@ -52,7 +52,7 @@ def measure_seconds(
         shapes, input_dtype: as in `trace_model`.
         known: seconds by the name of a unit's kind. Those measured now are put there; those that cannot be measured
             now are taken from there.
-        has_room: f(unit run) -> whether there is memory to make it real.
+        has_room: f(unit run) -> whether there is memory to make it real; f(number of runs): to run the loss alone.
 
     Raises:
         ValueError: the model does not run without values.
@@ -81,7 +81,13 @@ def measure_seconds(
                     )
                 timed[kind] = kept[kind]
             result.append(timed[kind])
-        loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch)
+        loss_s, loss_backward_s = 0.0, 0.0
+        loss_kind = f"loss of {_text(flow.outputs[-1])}"
+        if has_room(len(trace.calls)):
+            loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch)
+            kept[loss_kind] = UnitSeconds(loss_s, loss_backward_s, 0.0, 0.0)
+        elif loss_kind in kept:
+            loss_s, loss_backward_s = kept[loss_kind].forward_s, kept[loss_kind].backward_s
     return TimeProfile(tuple(result), loss_s, loss_backward_s)
 
 
@@ -96,9 +102,12 @@ def _kind(
     """Equal for units that take the same time, also in other runs: classes and their sources, parameters, inputs."""
     parts = tuple((_class_name(type(part)), part.extra_repr()) for part in module.modules())
     parameters = tuple((_shape_of(p, names, shapes), p.requires_grad) for p in module.parameters())
-    inputs = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in given.leaves)
-    text = repr((parts, parameters, inputs, has_backward, dtype))
+    text = repr((parts, parameters, _text(given), has_backward, dtype))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _text(given: Output) -> str:
+    return repr(tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in given.leaves))
 
 
 @cache
