@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..memory.allocator import num_heaps, return_blocks_at_once, return_freed_blocks
+from ..memory.allocator import num_heaps, return_blocks_at_once, return_freed_blocks, uses_first_heap
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
@@ -200,13 +200,13 @@ class _Planning:
     def _modes(self, plan: Plan, open_: Open) -> list[tuple[Plan, Open]]:
         """With freed blocks kept, where that can be proved to fit, and given back at once.
 
-        It can be on one rank whose updates make no temporaries; micro-batches that take turns have threads of their
-        own, which must not have heaps of their own.
+        It can be on one rank whose updates make no temporaries, in the first heap; micro-batches that take turns have
+        threads of their own, which must not have heaps of their own.
         """
-        planner, one_heap = self.planner, num_heaps() == 1
+        one_heap, by_unit = num_heaps() == 1, plan.order is MicroBatchOrder.BY_UNIT
         is_given = not open_.is_any and not open_.may_adapt
-        may_keep = self.transport is None and plan.unified and planner.optimizer.is_fused
-        if is_given or not may_keep or (not one_heap and plan.order is MicroBatchOrder.BY_UNIT):
+        is_provable = self.transport is None and plan.unified and self.planner.optimizer.is_fused
+        if is_given or not is_provable or not (one_heap or (uses_first_heap() and not by_unit)):
             return [(plan, open_)]
         kept = replace(plan, keeps_freed=True), replace(open_, order=open_.order and one_heap)
         return [kept, (plan, open_)]

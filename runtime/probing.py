@@ -29,7 +29,7 @@ _ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hol
 _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
-PROBE_BYTES = 12 * 4 * (4 << 20)  # the most that measuring takes: the disk's blocks, more than the tensors
+PROBE_BYTES = 240 << 20  # the most that measuring takes: the disk's blocks and what fills them, more than the tensors
 
 
 def cache_folder() -> Path:
@@ -84,24 +84,27 @@ def _figures_path(disk_folder: str | None, folder: Path | None) -> Path:
 
 
 def _measure(name: str, disk_folder: str | None) -> Hardware:
+    copy_s, sum_s, update_s = _tensor_seconds()
+    return Hardware(
+        name,
+        torch.get_num_threads(),
+        4 * _ELEMS / copy_s,
+        4 * _ELEMS / sum_s,
+        _ELEMS / update_s,
+        _action_seconds(),
+        _fault_seconds(),
+        None if disk_folder is None else _measure_disk(disk_folder),
+    )
+
+
+def _tensor_seconds() -> tuple[float, float, float]:
+    """Of a copy, a sum and an update of `_ELEMS` elements. What they need is let go of."""
     source, target = torch.ones(_ELEMS), torch.zeros(_ELEMS)
     copy_s = _median_s(lambda: target.copy_(source))
     sum_s = _median_s(lambda: target.add_(source))
     parameter = torch.nn.Parameter(target)
     parameter.grad = source
-    optimizer = torch.optim.AdamW([parameter], lr=0.0, fused=True)
-    update_s = _median_s(optimizer.step)
-    disk = None if disk_folder is None else _measure_disk(disk_folder)
-    return Hardware(
-        name,
-        torch.get_num_threads(),
-        source.nbytes / copy_s,
-        source.nbytes / sum_s,
-        _ELEMS / update_s,
-        _action_seconds(),
-        _fault_seconds(),
-        disk,
-    )
+    return copy_s, sum_s, _median_s(torch.optim.AdamW([parameter], lr=0.0, fused=True).step)
 
 
 def _measure_disk(folder: str) -> DiskFigures:

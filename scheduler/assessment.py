@@ -107,10 +107,13 @@ def refusal(leanest: Assessment, open_: Open, budgets: Budgets) -> DoesNotFit:
 def describe(plan: Plan) -> str:
     """A plan in a few words, for tables and messages."""
     num_recomputed = sum(word is Activations.RECOMPUTE for word in plan.activations)
+    num_selective = sum(word is Activations.SELECTIVE for word in plan.activations)
     num_moved = sum(word.is_offloaded for word in plan.activations)
     parts = [
         _homes(plan),
-        f"{num_recomputed} units recomputed" + (f", {num_moved} offloaded" if num_moved else ""),
+        f"{num_recomputed} units recomputed"
+        + (f", {num_selective} selectively" if num_selective else "")
+        + (f", {num_moved} offloaded" if num_moved else ""),
     ]
     if plan.micro_batches > 1:
         parts.append(f"micro-batches {plan.order}")

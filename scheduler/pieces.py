@@ -23,9 +23,11 @@ def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | Non
         ValueError: profiles of different models.
     """
     result: list[Piece] = []
-    for unit, seconds in zip(memory.units, times.units, strict=True):
+    for run, (unit, seconds) in enumerate(zip(memory.units, times.units, strict=True)):
         forward, backward = unit.forward, unit.backward
         again = unit.input_bytes + unit.recompute_peak_bytes + backward.summing_peak_bytes
+        selective = memory.selective_bytes(run)
+        selective_again = selective + unit.selective_again_bytes + backward.summing_peak_bytes
         result.append(
             Piece(
                 saved_bytes=unit.saved_bytes,
@@ -38,6 +40,9 @@ def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | Non
                 recompute_s=seconds.recompute_s,
                 save_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.write_bytes_per_s,
                 load_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.read_bytes_per_s,
+                selective_bytes=selective,
+                selective_peak_bytes=max(forward.selective_peak_bytes, selective_again),
+                selective_s=seconds.recompute_s if seconds.selective_s is None else seconds.selective_s,
             )
         )
     return result
@@ -50,7 +55,7 @@ def choose_for_units(
 
     A unit that runs several times has one policy: what the leanest of its runs has.
     """
-    allowed = [Activations.KEEP, Activations.RECOMPUTE]
+    allowed = [Activations.KEEP, Activations.RECOMPUTE, Activations.SELECTIVE]
     if disk is not None:
         allowed.append(Activations.OFFLOAD_DISK)
     choice = choose_activations(pieces_of(memory, times, disk), room_bytes, allowed)
@@ -78,6 +83,9 @@ def without_faults(times: TimeProfile, memory: MemoryProfile, fault_s_per_byte: 
             backward_s=backward_s,
             weight_s=min(seconds.weight_s, backward_s),
             recompute_s=less(seconds.recompute_s, unit.recompute_churn_bytes),
+            selective_s=None
+            if seconds.selective_s is None
+            else less(seconds.selective_s, unit.recompute_churn_bytes - unit.kept_beside_bytes),
         )
 
     units = tuple(of(*pair) for pair in zip(memory.units, times.units, strict=True))

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from ..memory.errors import DoesNotFit
 from ..parallel.units import Unit
 from .cost import TimeProfile, UnitSeconds
 from .dataflow import Flow, Output, TensorSpec, trace_flow
+from .selective import selective_contexts
 from .trace import Forward, InputDtype, Loss, Trace
 from .twin import Shapes
 
@@ -179,7 +181,22 @@ def _time_unit(
             parameter.requires_grad_(False)
         _, input_s = _median_of(run, inputs, [])
         weight_s = max(0.0, backward_s - input_s)
-    return UnitSeconds(forward_s, backward_s, weight_s, forward_s if has_backward else 0.0)
+    again_s = forward_s if has_backward else 0.0
+    return UnitSeconds(forward_s, backward_s, weight_s, again_s, _selective_seconds(twin, args, kwargs, again_s))
+
+
+def _selective_seconds(twin: nn.Module, args: Any, kwargs: Any, again_s: float) -> float | None:
+    """What a selective recompute adds: a pass under it less one that keeps everything, both with their backward for the
+    inputs alone. None: nothing is known of it."""
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not again_s or not inputs:
+        return None
+
+    def selectively() -> Any:
+        return checkpoint(twin, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
+
+    kept_s = sum(_median_of(lambda: twin(*args, **kwargs), inputs, []))
+    return min(max(0.0, sum(_median_of(selectively, inputs, [])) - kept_s), again_s)
 
 
 def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
