@@ -169,19 +169,25 @@ def _named(unit: Unit) -> list[tuple[str, nn.Parameter]]:
 
 
 def _agreed(found: "tuple[TimeProfile, Hardware] | NotProfiled", transport: "Transport") -> Profiled:
-    """The slowest rank's seconds, and rank 0's machine with the exchange; or everyone's error."""
+    """The slowest rank's seconds, and rank 0's machine with the exchange; or everyone's error. What was not measured
+    travels as a negative number."""
     failed = transport.gather_rows([float(isinstance(found, NotProfiled))])[:, 0].tolist()
     if isinstance(found, NotProfiled):
         raise found
     if any(failed):
         raise NotProfiled(f"rank {failed.index(1.0)} could not measure its units or its machine")
     times, hardware = found
-    rows = [*(number for unit in times.units for number in asdict(unit).values()), times.loss_s, times.loss_backward_s]
-    slowest = transport.gather_rows(rows).max(dim=0).values.tolist()
+    numbers = [-1.0 if number is None else number for unit in times.units for number in asdict(unit).values()]
+    slowest = transport.gather_rows([*numbers, times.loss_s, times.loss_backward_s]).max(dim=0).values.tolist()
     size = len(UnitSeconds.__dataclass_fields__)
-    runs = tuple(UnitSeconds(*slowest[size * run : size * run + size]) for run in range(len(times.units)))
+    runs = tuple(_unit_from(slowest[size * run : size * run + size]) for run in range(len(times.units)))
     hardware = replace(hardware, net=measure_net(transport))
     return transport.broadcast_object(Profiled(TimeProfile(runs, *slowest[-2:]), hardware))
+
+
+def _unit_from(numbers: Sequence[float]) -> UnitSeconds:
+    *known, selective_s = numbers
+    return UnitSeconds(*known, selective_s=None if selective_s < 0 else selective_s)
 
 
 def _read(path: Path) -> dict[str, UnitSeconds]:
