@@ -144,6 +144,8 @@ class _Planning:
         self.profiled: Profiled | None = None
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
+        several, clips = plan.micro_batches > 1, plan.clips_gradients
+        open_ = replace(open_, order=open_.order and several, update=open_.update and not clips)
         is_ample = self.planner.is_ample
         is_asked = predicts or explores
         if Activations.OFFLOAD_DISK in plan.activations or is_asked or not is_ample:

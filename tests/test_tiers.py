@@ -216,6 +216,7 @@ def test_what_is_predicted_for_the_device_is_what_it_takes(activations: str, mic
     """Beside the arena, which has its exact size: what operators make in a step, where all state is on the host and
     there since the first step."""
     arguments: dict[str, Any] = {"offload": "host", "update": "after", "micro_batches": micro_batches, **APART}
+    arguments["order"] = "sequential"
     with engine_of("gpt", "adamw", None, activations=activations, **arguments) as engine:
         batches = [DROPPING["gpt"].batch(step, 24) for step in range(3)]
         for batch in batches[:2]:

@@ -107,6 +107,8 @@ def test_every_case_has_a_module_that_runs_it() -> None:
         "offload",
         "budgets",
         "pipelines",
+        "predict",
+        "choose",
         "scale",
     ]
     for case in CASES:
