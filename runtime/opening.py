@@ -16,6 +16,7 @@ from ..parallel.actions import Kind
 from ..parallel.units import Unit
 from ..scheduler.plan import Activations, Plan
 from ..scheduler.program import Lane, Program
+from ..scheduler.twin import Shapes
 from .adopting import Fill
 from .disk_tier import DiskTier
 from .model_state import ModelState
@@ -26,9 +27,13 @@ from .recompute import Recomputed
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from ..parallel.mesh import Mesh
     from .filling import Filler
+    from .passage import Passage
+    from .pipeline_words import PipelineWords
+    from .pipelining import Pipeline
 
-__all__ = ["fill_with", "lay_out", "open_moves", "open_state", "open_tier", "recompute_units"]
+__all__ = ["fill_with", "lay_out", "open_moves", "open_pipeline", "open_state", "open_tier", "recompute_units"]
 
 
 def open_tier(
@@ -39,6 +44,23 @@ def open_tier(
     assert folder is not None
     host = None if tiers is None else tiers.host
     return DiskTier(folder, run_name, rank, extents, memory.disk_limit_bytes, host=host)
+
+
+def open_pipeline(
+    words: "PipelineWords",
+    mesh: "Mesh",
+    transport: str | None,
+    model: nn.Module,
+    units: Sequence[Unit],
+    passage: "Passage",
+    shapes: Shapes,
+) -> "Pipeline | None":
+    """What a rank of a pipeline has beside other engines; None where there is none."""
+    if words.num_ranks == 1:
+        return None
+    from .pipelining import Pipeline, open_mail
+
+    return Pipeline(words, mesh, open_mail(mesh, transport), model, units, passage, shapes)
 
 
 def lay_out(program: Program, tier: DiskTier | None, tiers: Tiers | None) -> None:

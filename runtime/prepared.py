@@ -37,7 +37,7 @@ from .host_figures import RESERVE_BYTES
 from .model_state import ModelState
 from .moving import MovingActivations
 from .offload import optim_layouts
-from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
+from .opening import fill_with, lay_out, open_moves, open_pipeline, open_state, open_tier, recompute_units
 from .optimizer import OptimizerFactory, PiecewiseOptimizer
 from .passage import Passage
 from .pipeline_words import PipelineWords
@@ -186,10 +186,11 @@ class PreparedEngine(ABC):
         self.prediction: Prediction | None = None
         self.prediction_note = ""
         cast_buffers(model, precision)
-        self._pipeline = self._open_pipeline(words, transport)
+        self._pipeline = open_pipeline(words, self._mesh, transport, model, self._units, self._passage, self._shapes)
         if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:
             self._recovery.is_together = False
-        if self._pipeline is None and (self._is_ample or not self._open.homes):
+        waits = self._open.homes or self._open.update  # the state has its home, and gradients their place, by these
+        if self._pipeline is None and (self._is_ample or not waits):
             self._open_state()
         if example is not None:
             self._compile(split_batch(example, micro_batches))
@@ -201,9 +202,10 @@ class PreparedEngine(ABC):
         if self._state is None and self._pipeline is not None:
             raise ValueError("the stages of a pipeline are known after the first step: ask then, or give example=")
         if self._state is None:
-            farthest = Home.HOST if self.memory.disk is None else Home.DISK
-            everything = tuple(offloaded(chunk, farthest, farthest) for chunk in self.plan.chunks)
-            self.plan = replace(self.plan, chunks=everything)
+            if self._open.homes:
+                farthest = Home.HOST if self.memory.disk is None else Home.DISK
+                everything = tuple(offloaded(chunk, farthest, farthest) for chunk in self.plan.chunks)
+                self.plan = replace(self.plan, chunks=everything)
             self._open_state()
         assert self._state is not None
         return self._state
@@ -231,15 +233,6 @@ class PreparedEngine(ABC):
         """Names of the unit runs, as `F12.0` counts them; none before the first step."""
         calls = self._trace.calls if self._trace is not None else ()
         return tuple(self._units[call.unit].name for call in calls)
-
-    def _open_pipeline(self, words: PipelineWords, transport: str | None) -> "Pipeline | None":
-        if words.num_ranks == 1:
-            return None
-        from .pipelining import Pipeline, open_mail
-
-        return Pipeline(
-            words, self._mesh, open_mail(self._mesh, transport), self.model, self._units, self._passage, self._shapes
-        )
 
     def _open_state(self, make: Callable[..., ModelState] = ModelState) -> None:
         """Put the model's state where the plan has its home."""
@@ -298,7 +291,8 @@ class PreparedEngine(ABC):
             self._passage,
             self._shapes,
         )
-        open_ = replace(self._open, homes=self._open.homes and self._state is None)
+        is_free = self._state is None
+        open_ = replace(self._open, homes=self._open.homes and is_free, update=self._open.update and is_free)
         planned = planner.plan(self.plan, open_, self._trace, part, self._predicts, self._explores)
         self.prediction, self.prediction_note = planned.prediction, planned.note
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held

@@ -162,6 +162,15 @@ class _Looked:
             best.setdefault((plan.chunks, plan.order), plan)
         return list(best.values())[:_NUM_REFINED]
 
+    def alike(self, plan: Plan) -> list[Plan]:
+        """Those that fit of the same residency and order."""
+        return [each for each in self.seconds if (each.chunks, each.order) == (plan.chunks, plan.order)]
+
+    def held_bytes(self, plan: Plan) -> int:
+        """At the fullest moments of both tiers."""
+        found = self.all[plan]
+        return found.ledger.peak_bytes + (0 if found.device is None else found.device.peak_bytes)
+
     def leanest(self) -> Assessment:
         return min(self.all.values(), key=lambda each: (self.budgets.lack_bytes(each), each.ledger.peak_bytes))
 
@@ -252,5 +261,7 @@ def _refine(plan: Plan, open_: Open, looked: _Looked) -> None:
     if open_.update and not plan.clips_gradients:
         best = better(best, replace(best, update=next(each for each in UpdateTime if each is not best.update)))
     if open_.homes:
-        best = better(best, keep_more_nearer(looked.at(best), looked.budgets, looked.at).plan)
+        leanest = min(looked.alike(best), key=looked.held_bytes)
+        for start in (best, leanest):
+            best = better(best, keep_more_nearer(looked.at(start), looked.budgets, looked.at).plan)
     cache_more(looked.at(best), looked.budgets, looked.at)
