@@ -291,8 +291,7 @@ class PreparedEngine(ABC):
             self._passage,
             self._shapes,
         )
-        is_free = self._state is None
-        open_ = replace(self._open, homes=self._open.homes and is_free, update=self._open.update and is_free)
+        open_ = self._open if self._state is None else replace(self._open, homes=False, update=False)
         planned = planner.plan(self.plan, open_, self._trace, part, self._predicts, self._explores)
         self.prediction, self.prediction_note = planned.prediction, planned.note
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
