@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from outgrow import Engine, Memory
 from outgrow.memory.errors import DoesNotFit
 from outgrow.parallel.actions import Kind
-from outgrow.scheduler.plan import Home
+from outgrow.runtime import planning
+from outgrow.scheduler.plan import Home, UpdateTime
+from outgrow.scheduler.search import search
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "name": tuple(CASES),
@@ -68,6 +70,22 @@ def test_smaller_and_empty_micro_batches(name: str, order: str, tmp_path: Path) 
     reference = outcome(name, "adamw", None, batches, micro_batches=3)
     arguments = {"offload": "all", "order": order, "micro_batches": 3, "activations": "offload:host", **APART}
     assert outcome(name, "adamw", str(tmp_path), batches, **arguments).differ(reference) == []
+
+
+@pytest.mark.parametrize("wanted", list(UpdateTime))
+def test_whatever_time_of_updates_is_chosen_the_norms_are_those_of_their_step(
+    wanted: UpdateTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preferring(*arguments: Any) -> Any:
+        *rest, _predict, policies, device_bytes = arguments
+        return search(*rest, lambda found: 1.0 + (found.plan.update is not wanted), policies, device_bytes)
+
+    monkeypatch.setattr(planning, "search", preferring)
+    reference = outcome("gpt", "adamw", None)
+    with engine_of("gpt", "adamw", str(tmp_path), offload="all", activations="keep", **APART) as engine:
+        norms = [engine.step(DROPPING["gpt"].batch(step, 6)).grad_norm for step in range(3)]
+        assert engine.plan.update is wanted
+    assert norms == reference.norms
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

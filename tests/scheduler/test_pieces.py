@@ -7,7 +7,7 @@ from outgrow.parallel.units import find_units
 from outgrow.scheduler.cost import TimeProfile, UnitSeconds
 from outgrow.scheduler.hardware import DiskFigures
 from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
-from outgrow.scheduler.pieces import choose_for_units, pieces_of
+from outgrow.scheduler.pieces import choose_for_units, pieces_of, without_faults
 from outgrow.scheduler.plan import Activations
 
 DISK = DiskFigures(1e9, 2e9, 1e9, 0.001)
@@ -68,3 +68,24 @@ def test_what_is_quick_to_move_is_moved() -> None:
     assert words is not None
     assert Activations.OFFLOAD_DISK in words
     assert Activations.OFFLOAD_DISK not in (choose_for_units(memory, times, 4, tight) or ())
+
+
+def test_kept_blocks_save_page_faults_for_what_a_unit_makes() -> None:
+    memory, times = profile()
+    fault = 0.1 / max(unit.backward.churn_bytes for unit in memory.units)
+    found = without_faults(times, memory, fault)
+    for unit, before, after in zip(memory.units, times.units, found.units, strict=True):
+        assert unit.forward.churn_bytes > 0
+        assert after.forward_s == before.forward_s - fault * unit.forward.churn_bytes
+        assert after.backward_s == before.backward_s - fault * unit.backward.churn_bytes
+        assert after.recompute_s == before.recompute_s - fault * unit.recompute_churn_bytes
+        assert after.selective_s is None
+    assert without_faults(times, memory, 0.0) == times
+    assert all(unit.forward_s == 0.5 for unit in without_faults(times, memory, 1.0).units), "half is left at least"
+
+
+def test_a_twice_as_fast_disk() -> None:
+    twice = DISK.scaled(2.0)
+    assert (twice.read_bytes_per_s, twice.write_bytes_per_s, twice.both_bytes_per_s) == (2e9, 4e9, 2e9)
+    assert twice.latency_s == DISK.latency_s
+    assert twice.both_capacity == DISK.both_capacity
