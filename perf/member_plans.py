@@ -4,6 +4,7 @@ Owns what a plan is called, the space of plans that is measured in full, and how
 what is made of the answers.
 """
 
+import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from functools import partial
 
 import torch
 
+from ..memory.allocator import return_freed_blocks
 from ..memory.budget import Memory
 from ..runtime.engine import Engine
 from ..scheduler.assessment import describe, offloaded
@@ -105,6 +107,9 @@ class PlanMember:
             assert look.predicted is not None
             budget_bytes = int(share * look.predicted.peak_bytes)
             look.close()
+            del look  # or its model would count as the process's
+            gc.collect()
+            return_freed_blocks()
         self._batch = batch
         began_s = time.perf_counter()
         self._engine = make(exhibit.build(), memory=Memory(host=budget_bytes or "1024GiB", disk=folder))
