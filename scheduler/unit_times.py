@@ -14,6 +14,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -71,11 +72,10 @@ def measure_seconds(
         for run, call in enumerate(trace.calls):
             unit = units[call.unit]
             dtype = input_dtype(unit.module) if input_dtype is not None else None
-            kind = _kind(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
+            alone = _Alone(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
+            kind = _kind(alone)
             if kind not in timed and has_room(run):
-                timed[kind] = kept[kind] = _time_unit(
-                    unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype
-                )
+                timed[kind] = kept[kind] = _time_unit(alone)
             elif kind not in timed:
                 if kind not in kept:
                     raise DoesNotFit(
@@ -93,18 +93,25 @@ def measure_seconds(
     return TimeProfile(tuple(result), loss_s, loss_backward_s)
 
 
-def _kind(
-    module: nn.Module,
-    names: dict[int, str],
-    shapes: Shapes,
-    given: Output,
-    has_backward: bool,
-    dtype: torch.dtype | None,
-) -> str:
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """One run of a unit, to be done alone: its module, the names and true shapes of all parameters, what it is given,
+    whether it has a backward, and the dtype that floating inputs come in (None: their own)."""
+
+    module: nn.Module
+    names: dict[int, str]
+    shapes: Shapes
+    given: Output
+    has_backward: bool
+    dtype: torch.dtype | None
+
+
+def _kind(alone: _Alone) -> str:
     """Equal for units that take the same time, also in other runs: classes and their sources, parameters, inputs."""
+    module = alone.module
     parts = tuple((_class_name(type(part)), part.extra_repr()) for part in module.modules())
-    parameters = tuple((_shape_of(p, names, shapes), p.requires_grad) for p in module.parameters())
-    text = repr((parts, parameters, _text(given), has_backward, dtype))
+    shapes = tuple((_shape_of(p, alone.names, alone.shapes), p.requires_grad) for p in module.parameters())
+    text = repr((parts, shapes, _text(alone.given), alone.has_backward, alone.dtype))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -158,16 +165,9 @@ def _built(given: Output, dtype: torch.dtype | None, needs_grad: bool) -> Any:
     return given.built(tensors)
 
 
-def _time_unit(
-    module: nn.Module,
-    names: dict[int, str],
-    shapes: Shapes,
-    given: Output,
-    has_backward: bool,
-    dtype: torch.dtype | None,
-) -> UnitSeconds:
-    twin = _real_copy(module, names, shapes)
-    args, kwargs = _built(given, dtype, has_backward)
+def _time_unit(alone: _Alone) -> UnitSeconds:
+    twin, has_backward = _real_copy(alone.module, alone.names, alone.shapes), alone.has_backward
+    args, kwargs = _built(alone.given, alone.dtype, has_backward)
 
     def run() -> Any:
         with torch.set_grad_enabled(has_backward):
