@@ -1,6 +1,7 @@
 """Settings of all tests: properties try the same examples every time, however slow the machine is; what is measured of
 this machine is kept for the session and not in the user's cache."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ from hypothesis import settings
 
 settings.register_profile("same-every-time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same-every-time")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking for what nobody refers to need not go through it, which takes a fifth of a
+    second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

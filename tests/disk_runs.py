@@ -1,10 +1,7 @@
 """Small training runs with state on disk, whose disk does what a test wants; and what must be left of them: nothing."""
 
 import functools
-import gc
 import itertools
-import mmap
-import os
 import resource
 import subprocess
 import threading
@@ -17,6 +14,7 @@ from unittest import mock
 
 import torch
 from faulty_io import Fault, FaultyIO
+from held import held
 from torch import nn
 
 from outgrow.memory.budget import Memory
@@ -221,20 +219,13 @@ def names_the_place(error: StoreError, path: Path, rank: int = 0, run: str = "de
     return any(words in text for words in ("start from a checkpoint", "Start from a checkpoint", "Free space"))
 
 
-def held() -> tuple[int, int, int]:
-    torch.ones(1, requires_grad=True).backward()  # torch keeps what a failed backward left over until the next one
-    gc.collect()
-    maps = sum(type(each) is mmap.mmap and not each.closed for each in gc.get_objects())
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), maps
-
-
 @contextmanager
 def nothing_is_left(folder: Path) -> Iterator[None]:
-    """Descriptors, threads and mapped memory are afterwards what they were, and the folder has no file of ours."""
+    """No descriptor, thread or mapped memory is there afterwards that was not before, and no file of ours."""
     before = held()
     yield
-    after = held()
-    assert after == before, "descriptors, threads, mappings were left behind"
+    left = held().since(before)
+    assert not left, left
     assert files(folder) == []
 
 

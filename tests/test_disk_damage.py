@@ -52,6 +52,13 @@ def trained(folder: Path, **settings: Any) -> tuple[Engine, Path]:
     return engine, path
 
 
+def set_deadline(engine: Engine, deadline_s: float) -> None:
+    """How long it waits for its disk from now on: what a slow machine must not pass is left its time."""
+    assert engine._tier is not None
+    for store in engine._tier._stores:
+        store._lanes._deadline_s = deadline_s
+
+
 def extents(engine: Engine) -> list[tuple[str, int]]:
     """Every extent's name and offset, asked of the store itself."""
     assert engine._tier is not None
@@ -229,9 +236,10 @@ def test_a_disk_that_hangs_is_an_error_at_the_deadline_and_the_late_transfer_mee
     gate = Gate()
     disk = From(gate, write, n=1, times=1)
     io = FaultyIO(always=disk)
-    engine = make(tmp_path, io, deadline_s=0.5)
+    engine = make(tmp_path, io)
     assert train(engine, 1, 2) == losses[:2]
     (path,) = files(tmp_path)
+    set_deadline(engine, 0.5)
     io.arm()
     with pytest.raises(LaneTimeout) as caught:
         train(engine, 3, 3)
@@ -243,6 +251,7 @@ def test_a_disk_that_hangs_is_an_error_at_the_deadline_and_the_late_transfer_mee
     for ask in (lambda: train(engine, 3, 3), engine.state_dict):  # it hangs still: its buffer must not be used again
         with pytest.raises((LaneTimeout, StateLost)):
             ask()
+    set_deadline(engine, 20.0)
     gate.open()
     try:
         assert train(engine, 3, 4) == losses[2:]
@@ -255,13 +264,15 @@ def test_a_disk_that_hangs_is_an_error_at_the_deadline_and_the_late_transfer_mee
 def test_an_engine_on_a_hanging_disk_can_be_closed(tmp_path: Path) -> None:
     gate = Gate()
     io = FaultyIO(always=From(gate, write=False, times=1))
-    engine = make(tmp_path, io, deadline_s=0.5)
+    engine = make(tmp_path, io)
     assert train(engine, 1, 2) == expected()[0][:2]
+    set_deadline(engine, 0.5)
     io.arm()
     with pytest.raises(LaneTimeout):
         train(engine, 3, 3)
     with pytest.raises(LaneTimeout, match="READ c"):
         engine.close()
     assert files(tmp_path) == [], "its name is gone at once, its space with the transfer"
+    set_deadline(engine, 20.0)
     gate.open()
     engine.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from faulty_io import FaultyIO, Gate
+from held import held
 
 from outgrow.memory.direct_io import AlignedBuffer, DirectIO
 from outgrow.memory.disk import DiskStore, ExtentSpec
@@ -26,17 +27,11 @@ def random_bytes(num_bytes: int, seed: int) -> bytes:
     return np.random.default_rng(seed).bytes(num_bytes)
 
 
-def held() -> tuple[int, int, int]:
-    """Open descriptors, mappings of store files, threads."""
-    mapped = sum(1 for line in Path("/proc/self/maps").read_text().splitlines() if "chunks" in line)
-    return len(os.listdir("/proc/self/fd")), mapped, threading.active_count()
-
-
 @pytest.fixture(autouse=True)
 def _all_is_given_back(tmp_path: Path) -> Iterator[None]:
     before = held()
     yield
-    assert held() == before
+    assert held().since(before) == []
     assert list(tmp_path.glob("outgrow-*")) == []
 
 
@@ -302,5 +297,5 @@ def test_a_soak_leaves_memory_descriptors_and_threads_flat(tmp_path: Path) -> No
     cycles(10)
     before, before_bytes = held(), anonymous_bytes()
     cycles(40)
-    assert held() == before
+    assert held().since(before) == []
     assert anonymous_bytes() - before_bytes < 4 << 20

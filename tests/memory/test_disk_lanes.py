@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from held import held
 
 from outgrow.memory.direct_io import AlignedBuffer
 from outgrow.memory.disk_lanes import DiskLanes, LaneName, Order, Ticket
@@ -39,7 +40,7 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    threads = threading.active_count()
+    before = held()
     bench = Bench()
     yield bench
     bench.lanes.close()
@@ -47,7 +48,7 @@ def bench() -> Iterator[Bench]:
         statistics = bench.lanes.statistics(lane)
         assert statistics.in_flight_bytes == statistics.num_in_flight == 0
         assert statistics.peak_in_flight_bytes <= 100
-    assert threading.active_count() == threads
+    assert held().since(before) == []
 
 
 class Gate:

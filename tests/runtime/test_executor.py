@@ -211,7 +211,12 @@ def test_lanes_that_a_program_does_not_use_do_not_end_its_step(log, executor):
     thread.join()
 
 
+def threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread not in before]
+
+
 def test_one_executor_runs_many_steps(log, executor):
+    before = set(threading.enumerate())
     for step in range(20):
         executor.begin(
             program(f"net GATHER c{step}.0", "compute F0.0 <- 0", "compute B0.0", f"net REDUCE c{step}.0 <- 2")
@@ -220,7 +225,7 @@ def test_one_executor_runs_many_steps(log, executor):
         executor.complete_micro_batch(0)
         assert len(executor.finish().spans) == 4
     assert log.done == [text for step in range(20) for text in (f"GATHER c{step}.0", f"REDUCE c{step}.0")]
-    assert len([thread for thread in threading.enumerate() if thread.name == "lane-net"]) == 1
+    assert [thread.name for thread in threads_since(before)] == ["lane-net"]
 
 
 def test_spans_are_read_off_the_clock_from_the_begin_of_the_step(log):
@@ -238,10 +243,11 @@ def test_spans_are_read_off_the_clock_from_the_begin_of_the_step(log):
 
 
 def test_closing_ends_the_threads_and_a_running_step(log):
+    before = set(threading.enumerate())
     executor = Executor(log.handlers())
     executor.begin(program("net GATHER c0.0", "read READ c0:param", "compute F0.0", "net REDUCE c0.0 <- 2"))
-    lanes = [thread for thread in threading.enumerate() if thread.name in ("lane-net", "lane-read")]
-    assert len(lanes) == 2
+    lanes = threads_since(before)
+    assert sorted(lane.name for lane in lanes) == ["lane-net", "lane-read"]
     executor.advance_to(act("F0.0"))
     executor.close()
     assert not any(lane.is_alive() for lane in lanes)

@@ -8,6 +8,7 @@ from lanes import ONE_LANE, PATIENCE_S, Log, act, program, run
 
 from outgrow.memory.errors import LaneTimeout
 from outgrow.runtime.executor import Executor
+from outgrow.scheduler.program import Lane
 
 
 @pytest.fixture
@@ -147,6 +148,7 @@ def test_a_wait_without_progress_ends_at_its_deadline_and_says_what_waits(log):
     gate = log.gate("GATHER c0.0")
     with Executor(log.handlers(), deadline_s=0.05) as executor:
         executor.begin(program("net GATHER c0.0", "net GATHER c1.0", "compute F0.0 <- 0, 1"))
+        assert log.started["GATHER c0.0"].wait(PATIENCE_S)
         with pytest.raises(LaneTimeout) as caught:
             executor.advance_to(act("F0.0"))
         assert str(caught.value) == (
@@ -159,18 +161,20 @@ def test_a_wait_without_progress_ends_at_its_deadline_and_says_what_waits(log):
 def test_a_lane_that_waits_for_compute_too_long_fails_the_step(log):
     with Executor(log.handlers(), deadline_s=0.05) as executor:
         executor.begin(program("compute F0.0", "net REDUCE c0.0 <- 0", "compute STEP c0 <- 1"))
-        executor.advance_to(act("F0.0"))
-        lane = next(thread for thread in threading.enumerate() if thread.name == "lane-net")
         with pytest.raises(LaneTimeout, match=r"REDUCE c0\.0 waited 0\.05 s"):
-            wait_for_failure(executor)
+            begin_and_wait_for_failure(executor)
+        executor._deadline_s = PATIENCE_S
+        lane = executor._threads[Lane.NET]
         assert lane.is_alive(), "the lane serves the next step"
         executor.begin(program("net REDUCE c1.0", "compute F0.0 <- 0"))
         executor.advance_to(act("F0.0"))
         executor.finish()
+        assert executor._threads == {Lane.NET: lane}
     assert log.done == ["REDUCE c1.0"]
 
 
-def wait_for_failure(executor: Executor) -> None:
+def begin_and_wait_for_failure(executor: Executor) -> None:
+    executor.advance_to(act("F0.0"))
     with executor._changed:
         assert executor._changed.wait_for(lambda: executor._failure is not None, PATIENCE_S)
     executor.finish()
