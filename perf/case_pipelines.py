@@ -7,6 +7,7 @@ measured costs. Does not own the members (`member_pipeline.py`).
 
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from .contestants import Contestant, Group, StepReport
@@ -48,8 +49,8 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         (
             f"float32, AdamW, {_MICRO_BATCHES} micro-batches; ratios are of tokens/s, round by round, of contestants "
             "that stood in memory together.",
-            "Simulated: the schedule with the median seconds of each stage's F, B, I and W, and of transfers, in one "
-            "step of the warm-up; the update is in neither.",
+            "Simulated: the programs of both ranks, played before the step, with the seconds of single units that were "
+            "timed right before it, on both ranks at once and on one alone; with update and gradient norm.",
             "Activations kept: the most that a rank held for backward passes between two actions, read off the "
             "storages, over the schedule's table with what one forward of each stage left.",
         ),
@@ -108,7 +109,7 @@ def figures_of(
             figures.append(Figure(section, "losses differ by", "relative", tuple(losses), Target(high=_LOSS_TOLERANCE)))
     for name, turns in times.items():
         if name.startswith("outgrow"):
-            ratios = tuple(max(each[0] for each in ranks) / ranks[0][1] for ranks in turns)
+            ratios = tuple(max(each[0] for each in ranks) / max(each[1] for each in ranks) for ranks in turns)
             figures.append(Figure(section, f"{name}, measured / simulated", "ratio", ratios, Target(0.92, 1.08)))
             kept = tuple(max(each[2] / each[3] for each in ranks) for ranks in turns)
             mib = "/".join(f"{each[2] / 2**20:,.0f}" for each in turns[-1])
@@ -117,10 +118,11 @@ def figures_of(
                 Figure(section, f"{name}, activations kept / table", "ratio", kept, Target(high=1.05), note=note)
             )
     if (auto := seconds.get("outgrow auto")) is not None:
-        best = [
-            min(values) for values in zip(*(v for name, v in seconds.items() if name != "outgrow auto"), strict=True)
-        ]
-        figures.append(Figure(section, "auto / the best of all", "ratio", paired_ratios(best, auto), Target(low=0.98)))
+        # Against one of them, that with the best median: the fastest of each round would be the luckiest.
+        others = {name: values for name, values in seconds.items() if name != "outgrow auto"}
+        best = min(others, key=lambda name: median(others[name]))
+        ratios = paired_ratios(others[best], auto)
+        figures.append(Figure(section, "auto / the best of all", "ratio", ratios, Target(low=0.98), note=best))
     return figures
 
 

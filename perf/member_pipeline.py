@@ -14,20 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..parallel.actions import Action, Kind
+from ..parallel.actions import Kind
 from ..runtime.engine import Engine
-from ..scheduler.pipeline_data import StageCosts
-from ..scheduler.pipeline_program import Stages
 from ..scheduler.pipeline_timing import simulate
-from ..scheduler.stage_choice import schedule_of
-from ..scheduler.stage_refit import costs_of_spans, seconds_of_spans
+from ..scheduler.stage_choice import costs_of, schedule_of
 from .contestants import StepReport
 from .members import peak_rss_bytes, reset_peak_rss
 from .models import CONFIGS, GPT, Batches, build_gpt, token_loss
 from .peers import adamw, batches_of
 from .rank import Rank
-
-_END = 1 << 30  # more unit runs than any model has
 
 __all__ = ["PipelineTrainee", "outgrow", "torch_pipelining"]
 
@@ -38,20 +33,23 @@ class PipelineTrainee:
 
     Attributes:
         train: the global batch's (inputs, targets) -> its loss. Does one whole step.
-        timing: (seconds of the last step up to its update, the same as simulated from costs of actions, bytes that were
-            kept for backward passes, the same by the schedule).
+        foresee: is given the same before, and not timed.
+        timing: (seconds of the last step, those that were foreseen, bytes that were kept for backward passes, the same
+            by the schedule).
     """
 
     rank: Rank
     batches: Batches
     train: Callable[[Tensor, Tensor], float]
     finish: Callable[[], None] = lambda: None
+    foresee: Callable[[Tensor, Tensor], object] = lambda inputs, targets: None
     timing: Callable[[], tuple[float, float, int, float]] = lambda: (0.0, 0.0, 0, 0.0)
     remark: Callable[[], str] = lambda: ""
 
     def step(self, index: int) -> StepReport:
         """One training step on the batch of that index. Making the batch is not timed."""
         inputs, targets = self.batches(index)
+        self.foresee(inputs, targets)
         reset_peak_rss()
         self.rank.barrier()
         started = time.perf_counter()
@@ -75,39 +73,35 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
         pipeline=rank.count, schedule=schedule,
     )  # fmt: skip
 
-    costs: list[StageCosts] = []  # of the second step: the first one makes what the others find
+    seconds = foreseen = 0.0
     steps = 0
 
     def train(inputs: Tensor, targets: Tensor) -> float:
-        nonlocal steps
-        loss = engine.step((inputs, targets)).loss
-        steps += 1
-        if steps == 2:
-            costs.append(fitted())
-        return loss
+        nonlocal seconds, steps
+        result = engine.step((inputs, targets))
+        seconds, steps = result.seconds, steps + 1
+        return result.loss
 
-    def fitted() -> StageCosts:
-        plan = engine.plan.pipeline
-        assert plan is not None
-        stages = Stages(plan.starts, _END, plan.placement, ())
-        found: list[Any] = [None] * rank.count
-        dist.all_gather_object(found, seconds_of_spans(engine.timeline.spans, stages))
-        return costs_of_spans(found, len(plan.placement))
+    def foresee(inputs: Tensor, targets: Tensor) -> None:
+        nonlocal foreseen
+        if steps < 2:  # the first one chooses, the second one is the first with a warm heap
+            return
+        timeline = engine.predict_step((inputs, targets))
+        foreseen = timeline.seconds if timeline is not None else 0.0
 
     def timing() -> tuple[float, float, int, float]:
         plan = engine.plan.pipeline
         assert plan is not None
-        spans = [span for span in engine.timeline.spans if Action.parse(span.action).kind.is_compute]
-        order = schedule_of(plan, micro_batches)
         saved = dict.fromkeys(range(len(plan.placement)), 0.0)
         before = 0
         for action, now in engine.saved_levels:
             if action.kind is Kind.F and action.index is not None:
                 saved[action.index] = max(saved[action.index], now - before)
             before = now
-        expected = simulate(order, replace(costs[0], activations=tuple(saved.values())))
+        costs = replace(costs_of(plan), activations=tuple(saved.values()))
         kept = max(now for _, now in engine.saved_levels)
-        return max(span.end_s for span in spans), expected.makespan_s, kept, expected.peak_activations[rank.index]
+        table = simulate(schedule_of(plan, micro_batches), costs).peak_activations[rank.index]
+        return seconds, foreseen, kept, table
 
     def remark() -> str:
         assert engine.plan.pipeline is not None
@@ -115,7 +109,7 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
         share = max(sum(part) for part in stages.seconds) / sum(sum(part) for part in stages.seconds)
         return f"stages begin at unit runs {stages.starts}, the largest has {100 * share:.0f}% of the work"
 
-    return PipelineTrainee(rank, batches_of(config, "random"), train, engine.close, timing, remark)
+    return PipelineTrainee(rank, batches_of(config, "random"), train, engine.close, foresee, timing, remark)
 
 
 _CUTS = {2: {2: (0, 4), 4: (0, 2, 4, 6)}}  # ranks -> stages -> first block of each, for the 6 blocks of S

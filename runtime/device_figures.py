@@ -4,33 +4,16 @@ Owns these sums, from layouts and plan alone, before anything is made. Does not 
 (`scheduler/device_ledger.py`), nor a unified machine's (`host_figures.py`).
 """
 
-from collections.abc import Mapping, Sequence
-
-import torch
-
-from ..memory.chunk import ChunkLayout
 from ..scheduler.ledger import HostFigures
 from ..scheduler.plan import Home, MicroBatchOrder, Plan
-from .host_figures import RESERVE_BYTES, TURN_BYTES, update_bytes
-from .optimizer import PiecewiseOptimizer
+from .host_figures import RESERVE_BYTES, TURN_BYTES, RankState, update_bytes
 
 __all__ = ["separate_figures"]
 
 
-def separate_figures(
-    layouts: Sequence[ChunkLayout],
-    plan: Plan,
-    optimizer: PiecewiseOptimizer,
-    original_dtypes: Mapping[str, torch.dtype],
-    transport: str,
-    process: int,
-) -> tuple[HostFigures, HostFigures]:
-    """The figures of one rank: the host's and the device's.
-
-    Args:
-        transport: name of it; `single` on one rank.
-        process: bytes of the process without the model.
-    """
+def separate_figures(rank: RankState, plan: Plan) -> tuple[HostFigures, HostFigures]:
+    """The figures of one rank: the host's and the device's."""
+    layouts, optimizer = rank.layouts, rank.optimizer
     state: dict[Home, dict[int, int]] = {home: {} for home in Home}
     sums: dict[Home, dict[int, int]] = {home: {} for home in Home}
     updates: dict[Home, dict[int, int]] = {home: {} for home in Home}
@@ -38,7 +21,7 @@ def separate_figures(
     for layout, decision in zip(layouts, plan.chunks, strict=True):
         c = layout.index
         owned = layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1)
-        original = original_dtypes[layout.fields[0].name]
+        original = rank.original_dtypes[layout.fields[0].name]
         slots = sum(dtype.itemsize for dtype in optimizer.slots.values()) if layout.trainable else 0
         kept = slots + (original.itemsize if original is not layout.dtype else 0)
         for home, num_bytes in (
@@ -55,9 +38,11 @@ def separate_figures(
     exchange = 0
     if plan.world_size > 1:
         largest = max((layout.num_bytes for layout in layouts if layout.trainable), default=0)
-        exchange = 2 * largest * (plan.world_size if transport == "shared-memory" else 1)
+        exchange = 2 * largest * (plan.world_size if rank.transport == "shared-memory" else 1)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
     reserve = RESERVE_BYTES + TURN_BYTES * threads
-    host = HostFigures(process, state[Home.HOST], sums[Home.HOST], exchange, updates[Home.HOST], True, reserve)
+    host = HostFigures(
+        rank.process_bytes, state[Home.HOST], sums[Home.HOST], exchange, updates[Home.HOST], True, reserve
+    )
     device = HostFigures(0, state[Home.DEVICE], sums[Home.DEVICE], 0, updates[Home.DEVICE], True, 0, copies)
     return host, device

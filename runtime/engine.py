@@ -145,6 +145,20 @@ class Engine(PreparedEngine):
         backward passes behind it, read off the storages; empty elsewhere."""
         return [] if self._pipeline is None else list(self._pipeline.passes.levels)
 
+    def predict_step(self, batch: Any) -> Timeline | None:
+        """In a pipeline, between steps: what a step on such a batch will take here, played from units that are timed
+        now, beside the model, on its ranks. Collective.
+
+        Returns:
+            None where it does what is not timed so: moves to disk, exchanges between data ranks; without a pipeline;
+            and before the first step.
+        """
+        if self._pipeline is None or self._program is None:
+            return None
+        self._end_last_step()
+        micro = [part for part in split_batch(batch, self.plan.micro_batches) if part is not None]
+        return self._pipeline.predict(micro[0], len(micro), self._optimizer.alone)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Full weights and buffers on the host, by the model's own names, tied ones under each. Collective."""
         self._end_last_step()

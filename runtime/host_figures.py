@@ -5,6 +5,7 @@ Owns these sums, from layouts and plan alone, before anything is made. Does not 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,10 +16,27 @@ from ..scheduler.plan import ChunkPlan, Home, MicroBatchOrder, Plan
 from .adopting import TILE_ELEMS
 from .optimizer import PiecewiseOptimizer
 
-__all__ = ["RESERVE_BYTES", "TURN_BYTES", "host_figures", "process_bytes", "update_bytes"]
+__all__ = ["RESERVE_BYTES", "TURN_BYTES", "RankState", "host_figures", "process_bytes", "update_bytes"]
 
 RESERVE_BYTES = 32 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
 TURN_BYTES = 2 << 20  # of a micro-batch's own thread, where micro-batches take turns
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What is the same for every plan of one rank.
+
+    Attributes:
+        original_dtypes: of parameters as they were given.
+        transport: name of it; `single` on one rank.
+        process_bytes: of the process without the model.
+    """
+
+    layouts: Sequence[ChunkLayout]
+    optimizer: PiecewiseOptimizer
+    original_dtypes: Mapping[str, torch.dtype]
+    transport: str
+    process_bytes: int
 
 
 def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
@@ -27,26 +45,15 @@ def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
     return max(read_process_memory().resident_bytes - sum(storages.values()), 0)
 
 
-def host_figures(
-    layouts: Sequence[ChunkLayout],
-    plan: Plan,
-    optimizer: PiecewiseOptimizer,
-    original_dtypes: Mapping[str, torch.dtype],
-    transport: str,
-    process: int,
-) -> HostFigures:
-    """The figures of one rank.
-
-    Args:
-        transport: name of it; `single` on one rank.
-        process: bytes of the process without the model.
-    """
+def host_figures(rank: RankState, plan: Plan) -> HostFigures:
+    """The figures of one rank."""
+    optimizer, original_dtypes, transport = rank.optimizer, rank.original_dtypes, rank.transport
     is_summed = plan.sums_gradients
     state: dict[int, int] = {}
     gradients: dict[int, int] = {}
     updates: dict[int, int] = {}
     copies: dict[int, int] = {}  # chunk -> bytes of a gathered copy that comes and goes
-    for layout, decision in zip(layouts, plan.chunks, strict=True):
+    for layout, decision in zip(rank.layouts, plan.chunks, strict=True):
         owned = layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1)
         has_master = original_dtypes[layout.fields[0].name] is not layout.dtype
         state[layout.index] = _parameter_bytes(layout, decision, plan, transport)
@@ -62,13 +69,13 @@ def host_figures(
         sharded = plan.world_size if decision.gradients_sharded else 1
         gradients[layout.index] = layout.num_elems // sharded * 4 if is_summed else layout.num_bytes
         updates[layout.index] = update_bytes(layout, decision, optimizer, owned, slots)
-    trainable = [layout.num_bytes for layout in layouts if layout.trainable]
+    trainable = [layout.num_bytes for layout in rank.layouts if layout.trainable]
     exchange = 0
     if plan.world_size > 1:
         exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
     reserve = RESERVE_BYTES + TURN_BYTES * threads
-    return HostFigures(process, state, gradients, exchange, updates, is_summed, reserve, copies)
+    return HostFigures(rank.process_bytes, state, gradients, exchange, updates, is_summed, reserve, copies)
 
 
 def _is_shared(decision: ChunkPlan, transport: str) -> bool:

@@ -4,7 +4,7 @@ Owns the order of these things. Does not own choosing (`scheduler/stage_choice.p
 (`scheduler/pipeline_program.py`), passes (`stage_pass.py`) nor the rest of a step (`engine.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..memory.chunk import ChunkLayout
+from ..memory.timeline import Timeline
 from ..parallel.actions import Action
 from ..parallel.mail import Mail, SharedMail
 from ..parallel.mesh import Mesh
@@ -28,7 +29,7 @@ from ..scheduler.pipeline_program import Stages, compile_stages
 from ..scheduler.plan import Activations, PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
 from ..scheduler.rank_check import check_ranks
-from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
+from ..scheduler.stage_choice import choose_stages, schedule_of
 from ..scheduler.stage_memory import StageMemory
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
@@ -41,9 +42,10 @@ from .passage import Passage
 from .pipeline_words import PipelineWords
 from .stage_pass import MicroBatch, StagePasses
 from .stage_planning import Limits, StageFigures, fit_stages
+from .stage_seconds import elem_seconds, hosts_of, play_step, unit_seconds
 from .stage_state import StageParts
 from .step_shape import step_shape
-from .unit_costs import measure_units
+from .unit_costs import UnitTimer
 from .unit_hooks import UnitHooks
 
 __all__ = ["Pipeline", "open_mail"]
@@ -94,6 +96,8 @@ class Pipeline:
         self._flows: dict[Any, Flow] = {}
         self._schedules: dict[int, tuple[Schedule, Program]] = {}
         self._passes: StagePasses | None = None
+        self._trace: Trace | None = None
+        self._layouts: Sequence[ChunkLayout] = ()
         self._compiled: Any = None
         self.stages: Stages | None = None
 
@@ -114,23 +118,22 @@ class Pipeline:
         names = [self._units[call.unit].name for call in trace.calls]
         starts = self._given_starts(names)
         allowed = [self._may_start(flow, names, run) for run in range(len(names))]
-        # On all ranks at once, as they will compute: they share memory's bandwidth, on one host at least.
-        own = measure_units(self._units, trace, flow, self._passage, self._model, self._shapes, part)
-        seconds = self._common(own)
+        self._trace = trace
+        seconds, hosts = unit_seconds(self._timer(part), self._mesh), hosts_of(self._mesh)
         name, ranks = self._words.schedule or "1f1b", self._mesh.num_pipeline
 
         def cut(memory: StageMemory | None) -> PipelinePlan:
-            return choose_stages(name, ranks, plan.micro_batches, seconds, self._words.chunks, starts, allowed, memory)
+            return choose_stages(
+                name, ranks, plan.micro_batches, seconds, self._words.chunks, starts, allowed, memory, hosts
+            )
 
         copies = has_disk and name.startswith("pipeoffload")
         if limits is None:
             chosen = cut(None)
         else:
-            figures = StageFigures(
-                trace, flow, self._profile(part), self._shapes, limits.trainable, limits.dtypes, limits.slots,
-                limits.budget_bytes, self._most(limits.process_bytes),
-            )  # fmt: skip
-            plan, chosen = fit_stages(plan, limits.open, len(self._units), figures, cut, copies)
+            limits = replace(limits, process_bytes=self._most(limits.process_bytes))
+            figures = StageFigures(trace, flow, self._profile(part), self._shapes, limits)
+            plan, chosen = fit_stages(plan, len(self._units), figures, cut, copies)
         check_borders(flow, names, chosen.starts)
         return replace(plan, pipeline=replace(chosen, copies_to_disk=copies))
 
@@ -140,12 +143,10 @@ class Pipeline:
         dist.all_gather_object(rows, num_bytes)
         return max(rows)
 
-    def _common(self, own: Sequence[UnitSeconds]) -> list[UnitSeconds]:
-        """The median of what all ranks measured."""
-        rows: list[Any] = [None] * self._mesh.num_ranks
-        dist.all_gather_object(rows, [(run.forward_s, run.input_s, run.weight_s) for run in own])
-        table = torch.tensor(rows, dtype=torch.float64).quantile(0.5, dim=0)
-        return [UnitSeconds(*run) for run in table.tolist()]
+    def _timer(self, part: Any) -> UnitTimer:
+        assert self._trace is not None
+        flow = self._flow(part)
+        return UnitTimer(self._units, self._trace, flow, self._passage, self._model, self._shapes, part)
 
     def _given_starts(self, names: Sequence[str]) -> list[int] | None:
         if self._words.stages is None:
@@ -184,6 +185,7 @@ class Pipeline:
         holders = holders_of(self._model, used, plan.placement)
         rank = self._mesh.pipeline_rank
         layouts, peers = stage_chunks(self._model, self._units, holders, rank, self._mesh.num_data, dict(dtypes))
+        self._layouts = layouts
         parts = StageParts(self.mail, peers, self._plain_shapes(), self._buffers_of(trace, rank))
         return layouts, parts
 
@@ -309,6 +311,28 @@ class Pipeline:
             check_ranks([programs[other] for other in others], [[other] for other in others])
             self._schedules[micro_batches] = schedule, programs[rank]
         return self._schedules[micro_batches]
+
+    def predict(
+        self, part: Any, micro_batches: int, alone: Callable[[nn.Parameter], torch.optim.Optimizer]
+    ) -> Timeline | None:
+        """This rank's part of a step whose ranks end together, from units that are timed now. Collective.
+
+        Args:
+            part: a micro-batch.
+            alone: makes the optimizer of one parameter.
+
+        Returns:
+            None where a step does what is not timed here: moves to disk, exchanges between data ranks.
+        """
+        num_elems = [layout.num_elems * layout.trainable for layout in self._layouts]
+        rows: list[Any] = [None] * self._mesh.num_ranks
+        dist.all_gather_object(rows, (self.program(micro_batches).text(), num_elems))
+        texts, elems = zip(*rows[self._mesh.data_rank :: self._mesh.num_data], strict=True)
+        programs = [Program.parse(text) for text in texts]
+        kinds = {instruction.action.kind for program in programs for instruction in program.instructions}
+        runs = unit_seconds(self._timer(part), self._mesh, 1, kinds)
+        played = play_step(programs, runs, hosts_of(self._mesh), elem_seconds(alone), elems)
+        return None if played is None else played[self._mesh.pipeline_rank]
 
     def micro_batches(self, micro: Sequence[Any], samples: int) -> list[MicroBatch]:
         """The parts of a rank's batch, with what flows through the stages in each."""

@@ -39,7 +39,7 @@ from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
 from .constraints import offloaded
 from .device_figures import separate_figures
-from .host_figures import host_figures, process_bytes
+from .host_figures import RankState, host_figures, process_bytes
 from .offload import optim_layouts
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
@@ -302,7 +302,8 @@ class _Planning:
         program = compile_program(shape, plan)
         figures_of = host_figures if plan.unified else separate_figures
         name = "single" if self.transport is None else self.transport.name
-        found = figures_of(planner.layouts, plan, planner.optimizer, planner.original_dtypes, name, self.process)
+        rank = RankState(planner.layouts, planner.optimizer, planner.original_dtypes, name, self.process)
+        found = figures_of(rank, plan)
         if isinstance(found, HostFigures):
             return Assessment(plan, program, host_ledger(program, shape, plan, profile, found))
         buffers = sum(buffer.nbytes for buffer in planner.model.buffers())

@@ -68,21 +68,15 @@ class StageFigures:
     """What the memory of stages follows from.
 
     Attributes:
-        budget_bytes: of a rank's process.
-        process_bytes: that it has without the model.
-        dtypes: of parameters as they were given.
-        slots: of the optimizer.
+        shapes: of all parameters.
+        limits: the same on all ranks.
     """
 
     trace: Trace
     flow: Flow
     profile: MemoryProfile
     shapes: Shapes
-    trainable: frozenset[str]
-    dtypes: Mapping[str, torch.dtype]
-    slots: Mapping[str, torch.dtype]
-    budget_bytes: int
-    process_bytes: int
+    limits: Limits
 
     def of(self, plan: Plan, copies: bool) -> StageMemory:
         """The figures of one plan; all of its chunks are treated alike."""
@@ -92,11 +86,11 @@ class StageFigures:
         on_disk: dict[str, float] = {}
         for name, (shape, dtype) in self.shapes.items():
             elems = torch.Size(shape).numel()
-            own_dtype = self.dtypes.get(name, dtype)
+            own_dtype = self.limits.dtypes.get(name, dtype)
             slots = own_dtype.itemsize if own_dtype is not dtype else 0
             gradient = 0
-            if name in self.trainable:
-                slots += sum(slot.itemsize for slot in self.slots.values())
+            if name in self.limits.trainable:
+                slots += sum(slot.itemsize for slot in self.limits.slots.values())
                 gradient = 4 if plan.sums_gradients else dtype.itemsize
             values = dtype.itemsize / (plan.world_size if decision.parameters_sharded else 1)
             at_home = values if decision.parameter_home is Home.HOST else 0
@@ -120,7 +114,7 @@ class StageFigures:
             border = _BORDERS * self.flow.outputs[run].num_bytes
             working.append(int(peak + again + staged + border + sum(on_disk[name] for name in names[run])))
         return StageMemory(
-            max(self.budget_bytes - self.process_bytes - RESERVE_BYTES, 0),
+            max(self.limits.budget_bytes - self.limits.process_bytes - RESERVE_BYTES, 0),
             tuple(frozenset(each) for each in names),
             state,
             tuple(saved),
@@ -138,7 +132,6 @@ class StageFigures:
 
 def fit_stages(
     plan: Plan,
-    open_: Open,
     num_units: int,
     figures: StageFigures,
     choose: Callable[[StageMemory], PipelinePlan],
@@ -148,23 +141,22 @@ def fit_stages(
 
     Args:
         plan: with what is fixed.
-        open_: what is not.
         choose: cuts within the given figures; raises ScheduleError where nothing fits.
         copies: whether the schedule's copies of activations go to disk.
 
     Raises:
         DoesNotFit: none of them fits.
     """
-    why = ""
-    for candidate in _candidates(plan, open_, num_units):
+    why, limits = "", figures.limits
+    for candidate in _candidates(plan, limits.open, num_units):
         try:
             return candidate, choose(figures.of(candidate, copies))
         except ScheduleError as error:
             why = str(error)
-    more = "" if open_.disk else "give a disk (Memory(disk='/a/folder')), "
+    more = "" if limits.open.disk else "give a disk (Memory(disk='/a/folder')), "
     raise DoesNotFit(
-        f"no plan of this pipeline fits into {format_bytes(figures.budget_bytes)} a rank, of which "
-        f"{format_bytes(figures.process_bytes)} are the process itself; of the leanest one, {why}. What helps: {more}"
+        f"no plan of this pipeline fits into {format_bytes(limits.budget_bytes)} a rank, of which "
+        f"{format_bytes(limits.process_bytes)} are the process itself; of the leanest one, {why}. What helps: {more}"
         "smaller micro-batches (a larger micro_batches=), more pipeline ranks, a schedule that keeps less (v-half, "
         "v-min, 1f1b), a larger budget"
     )

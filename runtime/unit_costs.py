@@ -1,16 +1,16 @@
-"""Seconds of forward, input gradient and weight gradient of every unit run, measured by running units alone.
+"""Seconds of forward, of the two parts of a backward and of a whole one, of every unit run, measured alone.
 
 Owns the measurement: each kind of unit is made once with values of its own, beside the model, which may have none or
 lie elsewhere; units that are alike (the blocks of a transformer) are measured once. What code outside of units takes,
-the loss above all, counts to the last unit run. Does not own what is made of the seconds
-(`scheduler/stage_choice.py`).
+the loss above all, counts to the last unit run. Does not own when that is done, nor beside what
+(`stage_seconds.py`).
 """
 
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,43 +23,58 @@ from ..scheduler.stage_choice import UnitSeconds
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from .passage import Passage
-from .split_backward import Deferred, SplitBackward
+from .split_backward import Deferred, SplitBackward, run_backward
 
-__all__ = ["measure_units"]
+__all__ = ["Round", "UnitTimer"]
 
-_NUM_ROUNDS = 5
+_Seconds = tuple[float, float, float, float]  # of F, I, W and B
+Round = Mapping[Any, _Seconds]
+"""Seconds of every kind of unit, and of the loss, once."""
 
-_Seconds = tuple[float, float, float]  # of F, I and W
 
-
-def measure_units(
-    units: Sequence[Unit], trace: Trace, flow: Flow, passage: Passage, model: nn.Module, shapes: Shapes, part: Any
-) -> list[UnitSeconds]:
-    """For each unit run. Random numbers and the model stay as they are.
+class UnitTimer:
+    """Times the unit runs of one micro-batch. Random numbers and the model stay as they are.
 
     Args:
         shapes: of all parameters.
         part: a micro-batch.
     """
-    kinds: list[Any] = []
-    makers: dict[Any, Callable[[], _Seconds]] = {}
-    known = {id(p): shapes[name] for name, p in model.named_parameters() if name in shapes}  # tied ones have one name
-    with torch.random.fork_rng(devices=[]):
-        for run, call in enumerate(trace.calls):
-            unit = units[call.unit]
-            sizes = tuple(known.get(id(p), (p.shape, p.dtype)) for p in unit.module.parameters())
-            given = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in flow.inputs[run].leaves)
-            kinds.append((type(unit.module), sizes, given))
-            if kinds[-1] not in makers:
-                makers[kinds[-1]] = partial(_run, _with_values(unit, known), flow.inputs[run], call.has_backward)
-        makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
-        # In turns: what slows the machine for a moment then slows all kinds alike.
-        rounds = [{kind: once() for kind, once in makers.items()} for _ in range(1 + _NUM_ROUNDS)][1:]
-    found = [_median([each[kind] for each in rounds]) for kind in kinds]
-    loss = _median([each["loss"] for each in rounds])
-    last = found[-1]
-    with_loss = UnitSeconds(last.forward_s + loss.forward_s, last.input_s + loss.input_s, last.weight_s)
-    return [*found[:-1], with_loss]
+
+    def __init__(
+        self, units: Sequence[Unit], trace: Trace, flow: Flow, passage: Passage, model: nn.Module, shapes: Shapes,
+        part: Any,
+    ) -> None:  # fmt: skip
+        self._kinds: list[Any] = []
+        self._makers: dict[Any, Callable[[bool, bool], _Seconds]] = {}
+        known = {id(p): shapes[name] for name, p in model.named_parameters() if name in shapes}  # tied: one name
+        with torch.random.fork_rng(devices=[]):
+            for run, call in enumerate(trace.calls):
+                unit = units[call.unit]
+                sizes = tuple(known.get(id(p), (p.shape, p.dtype)) for p in unit.module.parameters())
+                given = tuple(leaf if isinstance(leaf, TensorSpec) else repr(leaf) for leaf in flow.inputs[run].leaves)
+                kind = type(unit.module), sizes, given
+                self._kinds.append(kind)
+                if kind not in self._makers:
+                    made = _with_values(unit, known)
+                    self._makers[kind] = partial(_run, made, flow.inputs[run], call.has_backward)
+        self._makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
+
+    def round(self, halves: bool = True, whole: bool = True) -> Round:
+        """Everything once, in turns: what slows the machine for a moment then slows all kinds alike.
+
+        Args:
+            halves: whether backward passes in two parts are timed; else I and W count as nothing.
+            whole: whether those in one are.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return {kind: once(halves, whole) for kind, once in self._makers.items()}
+
+    def seconds(self, rounds: Sequence[Round]) -> list[UnitSeconds]:
+        """For each unit run, what it usually takes."""
+        found = [_typical([each[kind] for each in rounds]) for kind in self._kinds]
+        loss = _typical([each["loss"] for each in rounds])
+        both = zip(found[-1].by_kind, loss.by_kind, strict=True)
+        return [*found[:-1], UnitSeconds(*(unit_s + loss_s for unit_s, loss_s in both))]
 
 
 def _with_values(unit: Unit, known: Mapping[int, tuple[Sequence[int], torch.dtype]]) -> nn.Module:
@@ -84,9 +99,20 @@ def _made(output: Output) -> Any:
     return output.built([_values(spec) for spec in output.specs])
 
 
-def _run(module: nn.Module, inputs: Output, has_backward: bool) -> _Seconds:
+def _run(module: nn.Module, inputs: Output, has_backward: bool, halves: bool, whole: bool) -> _Seconds:
+    forwards: list[float] = []
+    input_s = weight_s = whole_s = 0.0
+    if halves:
+        forward_s, input_s, weight_s = _run_once(module, inputs, has_backward, Deferred())
+        forwards.append(forward_s)
+    if whole or not halves:
+        forward_s, whole_s, _ = _run_once(module, inputs, has_backward, Deferred(at_once=True))
+        forwards.append(forward_s)
+    return sum(forwards) / len(forwards), input_s, weight_s, whole_s
+
+
+def _run_once(module: nn.Module, inputs: Output, has_backward: bool, deferred: Deferred) -> tuple[float, float, float]:
     args, kwargs = _made(inputs)
-    deferred = Deferred()
     with SplitBackward(deferred):
         started = time.perf_counter()
         output = module(*args, **kwargs)
@@ -96,14 +122,14 @@ def _run(module: nn.Module, inputs: Output, has_backward: bool) -> _Seconds:
             return forward_s, 0.0, 0.0
         gradients = [torch.randn_like(root) for root in roots]
         started = time.perf_counter()
-        torch.autograd.backward(roots, gradients)
+        run_backward(roots, gradients)
         input_s = time.perf_counter() - started
     started = time.perf_counter()
     deferred.finish()
     return forward_s, input_s, time.perf_counter() - started
 
 
-def _run_loss(output: Output, passage: Passage, part: Any) -> _Seconds:
+def _run_loss(output: Output, passage: Passage, part: Any, _halves: bool, _whole: bool) -> _Seconds:
     """The loss, where the model's output is what the last unit returned; nothing where it is not."""
     value = _made(output)
     try:
@@ -111,13 +137,18 @@ def _run_loss(output: Output, passage: Passage, part: Any) -> _Seconds:
         loss = passage.call_loss(value, part)
         forward_s = time.perf_counter() - started
     except Exception:  # the model's own code comes between the last unit and the loss, or is the loss
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0
     if not loss.requires_grad:
-        return forward_s, 0.0, 0.0
+        return forward_s, 0.0, 0.0, 0.0
     started = time.perf_counter()
     loss.backward()
-    return forward_s, time.perf_counter() - started, 0.0
+    backward_s = time.perf_counter() - started
+    return forward_s, backward_s, 0.0, backward_s
 
 
-def _median(rounds: Sequence[_Seconds]) -> UnitSeconds:
-    return UnitSeconds(*(median(column) for column in zip(*rounds, strict=True)))
+def _typical(rounds: Sequence[_Seconds]) -> UnitSeconds:
+    """The means without the fastest and the slowest fifth: a step goes through a machine's faster and slower moments
+    too, which a median would leave out, but not through a stall each time."""
+    left_out = len(rounds) // 5
+    kept = [sorted(column)[left_out : len(rounds) - left_out] for column in zip(*rounds, strict=True)]
+    return UnitSeconds(*(fmean(column) for column in kept))

@@ -68,10 +68,11 @@ class StageCosts:
     """Measured (or assumed) costs of each stage for one micro-batch; every tuple has one entry per stage.
 
     Attributes:
-        forward_s, input_s, weight_s: seconds of F, I and W; B takes input_s + weight_s.
+        forward_s, input_s, weight_s: seconds of F, I and W.
         activations: what F leaves on the device until the end of W or B, in any unit (bytes, or the tables' unit).
         copy_s: seconds to copy the activations away, or back, one way; None where nobody has measured them.
         comm_s: seconds between the end of an action and its use on another rank.
+        backward_s: of B; None: as long as I and W.
 
     Raises:
         ValueError: unequal lengths, or numbers below zero.
@@ -83,10 +84,11 @@ class StageCosts:
     activations: tuple[float, ...]
     copy_s: tuple[float, ...] | None = None
     comm_s: float = 0.0
+    backward_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         columns = [self.forward_s, self.input_s, self.weight_s, self.activations]
-        columns += [self.copy_s] if self.copy_s is not None else []
+        columns += [column for column in (self.copy_s, self.backward_s) if column is not None]
         if len({len(column) for column in columns}) != 1 or not self.forward_s:
             raise ValueError(f"costs need one entry per stage in each column, got {[len(c) for c in columns]} entries")
         if min(self.comm_s, *(min(column) for column in columns)) < 0:
@@ -101,6 +103,7 @@ class StageCosts:
         activations: Sequence[float] | None = None,
         copy_s: Sequence[float] | None = None,
         comm_s: float = 0.0,
+        backward_s: Sequence[float] | None = None,
     ) -> "StageCosts":
         """Costs from lists. Activations count 1 for each stage unless given."""
         return cls(
@@ -110,6 +113,7 @@ class StageCosts:
             tuple(map(float, activations)) if activations is not None else (1.0,) * len(forward_s),
             tuple(map(float, copy_s)) if copy_s is not None else None,
             float(comm_s),
+            tuple(map(float, backward_s)) if backward_s is not None else None,
         )
 
     @classmethod
@@ -135,6 +139,13 @@ class StageCosts:
     def total_s(self) -> tuple[float, ...]:
         """F + I + W of each stage."""
         return tuple(f + i + w for f, i, w in zip(self.forward_s, self.input_s, self.weight_s, strict=True))
+
+    @property
+    def whole_s(self) -> tuple[float, ...]:
+        """Of B, of each stage."""
+        if self.backward_s is not None:
+            return self.backward_s
+        return tuple(i + w for i, w in zip(self.input_s, self.weight_s, strict=True))
 
     @property
     def copying_s(self) -> tuple[float, ...]:
@@ -166,6 +177,7 @@ class StageCosts:
             weight_s=cut(self.weight_s),
             activations=cut(self.activations),
             copy_s=cut(self.copy_s) if self.copy_s is not None else None,
+            backward_s=cut(self.backward_s) if self.backward_s is not None else None,
         )
 
 

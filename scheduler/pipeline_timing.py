@@ -84,7 +84,7 @@ def simulate(schedule: Schedule, costs: StageCosts | None = None) -> Timing:
     times = times_of(ops, schedule.placement, costs)
     num_times = schedule.num_micro_batches
     work = per_rank((t * num_times for t in costs.total_s), schedule.placement, p)
-    if any(op[0] is R for order in ops for op in order):
+    if any(op[0] is R or (op[0] is B and costs.backward_s is not None) for order in ops for op in order):
         work = [
             sum(end - start for op, (start, end) in zip(order, rank_times, strict=True) if op[0].is_compute)
             for order, rank_times in zip(ops, times, strict=True)
@@ -105,8 +105,7 @@ def times_of(orders: Sequence[Sequence[Op]], placement: Sequence[int], costs: St
     forward_end = [_NEVER] * (num_stages * width)
     backward_end = [_NEVER] * (num_stages * width)
     local_end: dict[Op, float] = {}  # R, SAVE and LOAD, which no other rank waits for
-    input_s, weight_s = costs.input_s, costs.weight_s
-    whole_s = [i + w for i, w in zip(input_s, weight_s, strict=True)]
+    input_s, weight_s, whole_s = costs.input_s, costs.weight_s, costs.whole_s
     forward_s, comm_s, copying_s = costs.forward_s, costs.comm_s, costs.copying_s
     times: list[Times] = [[] for _ in orders]
     clock = [0.0] * len(orders)

@@ -125,11 +125,14 @@ class PipelinePlan:
         schedule: one of `scheduler/pipelines.NAMES`.
         placement: rank of each stage.
         starts: first unit run of each stage.
-        seconds: of F, I and W for each stage, as measured; empty: equal ones.
+        seconds: of F, I and W for each stage, as measured while all ranks compute; empty: equal ones.
         saved_bytes: of one micro-batch's activations in each stage, where they were measured; else empty.
         room_bytes: for activations on each rank, where memory is limited; else empty.
         copies_to_disk: whether the copies of activations that the schedule has are made, to the disk. Where they are
             not, everything stays in memory, as if the schedule had none.
+        backward_s: of B for each stage, likewise; empty: as long as I and W.
+        alone_s: of F, I, W and B for each stage while no other rank computes; empty: as long as while all do.
+        hosts: of each rank: those of one host slow each other down when they compute. Empty: no two do.
 
     Raises:
         ValueError: stages, starts and seconds that do not belong together.
@@ -143,6 +146,9 @@ class PipelinePlan:
     saved_bytes: tuple[int, ...] = ()
     room_bytes: tuple[int, ...] = ()
     copies_to_disk: bool = False
+    backward_s: tuple[float, ...] = ()
+    alone_s: tuple[tuple[float, float, float, float], ...] = ()
+    hosts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if set(self.placement) != set(range(self.num_ranks)):
@@ -155,6 +161,14 @@ class PipelinePlan:
             raise ValueError(
                 f"{len(self.placement)} stages have saved bytes of {len(self.saved_bytes)}, and {self.num_ranks} ranks "
                 f"room for {len(self.room_bytes)}"
+            )
+        if {len(self.backward_s), len(self.alone_s)} - {0, len(self.seconds)} or len(self.hosts) not in (
+            0,
+            self.num_ranks,
+        ):
+            raise ValueError(
+                f"seconds of {len(self.seconds)} stages come with {len(self.backward_s)} of whole backward passes and "
+                f"{len(self.alone_s)} of ranks alone, and hosts of {len(self.hosts)} ranks of {self.num_ranks}"
             )
         if self.room_bytes and not self.saved_bytes:
             raise ValueError("room for activations is given, and not how many bytes they have")
@@ -278,8 +292,10 @@ def _chunk_from(fields: dict[str, Any]) -> ChunkPlan:
 
 def _pipeline_from(fields: dict[str, Any]) -> PipelinePlan:
     lists = {name: tuple(fields[name]) for name in ("placement", "starts")}
-    lists |= {name: tuple(fields[name]) for name in ("saved_bytes", "room_bytes") if name in fields}
-    return PipelinePlan(**{**fields, **lists, "seconds": tuple(tuple(each) for each in fields.get("seconds", ()))})
+    others = ("saved_bytes", "room_bytes", "backward_s", "hosts")
+    lists |= {name: tuple(fields[name]) for name in others if name in fields}
+    tables = {name: tuple(tuple(each) for each in fields.get(name, ())) for name in ("seconds", "alone_s")}
+    return PipelinePlan(**{**fields, **lists, **tables})
 
 
 def plan_for_zero(

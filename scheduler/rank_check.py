@@ -15,10 +15,10 @@ from ..memory.errors import InvalidProgram
 from ..parallel.actions import Action, Kind
 from .program import Program
 
-__all__ = ["check_ranks"]
+__all__ = ["SENDER", "check_ranks", "sender_of"]
 
 _COLLECTIVES = frozenset({Kind.GATHER, Kind.REDUCE, Kind.NORM})
-_SENDER = {Kind.RECV_F: (Kind.SEND_F, -1), Kind.RECV_B: (Kind.SEND_B, 1)}
+SENDER = {Kind.RECV_F: (Kind.SEND_F, -1), Kind.RECV_B: (Kind.SEND_B, 1)}
 _SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
 
 
@@ -51,8 +51,9 @@ def _check_collectives(programs: Sequence[Program], group: Sequence[int]) -> Non
                 )
 
 
-def _sender(receive: Action) -> Action:
-    kind, stage = _SENDER[receive.kind]
+def sender_of(receive: Action) -> Action:
+    """What a receive waits for."""
+    kind, stage = SENDER[receive.kind]
     assert receive.index is not None
     return Action(kind, receive.index + stage, receive.micro_batch)
 
@@ -63,11 +64,11 @@ def _check_channels(programs: Sequence[Program]) -> None:
     for program in programs:
         sent += [action for action in program.actions() if action.kind in _SENDS]
         for action in program.actions():
-            if action.kind in _SENDER:
+            if action.kind in SENDER:
                 first_stage = action.kind is Kind.RECV_F and action.index == 0
                 if first_stage:
                     raise InvalidProgram(f"{action}: there is no stage before stage 0")
-                awaited.append(_sender(action))
+                awaited.append(sender_of(action))
     for action in {*sent, *awaited}:
         if sent.count(action) != awaited.count(action) or sent.count(action) > 1:
             raise InvalidProgram(f"{action} is sent {sent.count(action)} times and received {awaited.count(action)}")
@@ -85,8 +86,8 @@ def _run_dry(programs: Sequence[Program], groups: Sequence[Sequence[int]]) -> No
         instruction = programs[rank].instructions[position]
         if not set(instruction.after) <= done[rank]:
             return False
-        if instruction.action.kind in _SENDER:
-            return _sender(instruction.action) in sent
+        if instruction.action.kind in SENDER:
+            return sender_of(instruction.action) in sent
         if instruction.action.kind in _COLLECTIVES and rank in group_of:
             here = arrived.setdefault((group_of[rank], counted[rank]), set())
             here.add(rank)

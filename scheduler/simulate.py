@@ -9,13 +9,14 @@ An action has seconds that it takes alone, and shares of resources that it uses 
 cores). Where the shares of what runs add up to more than a resource has, all that use it slow down in proportion.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..memory.timeline import Span, Timeline
-from .program import Instruction, Lane, Program
+from .program import Instruction, Program
 
-__all__ = ["Change", "Simulated", "Work", "simulate"]
+__all__ = ["Change", "Simulated", "Work", "play", "simulate"]
 
 _EPSILON_S = 1e-12
 
@@ -84,28 +85,48 @@ def simulate(
         changes: position -> bytes that come and go with it.
         begin_bytes: tier -> bytes that are there all the time.
     """
-    return _Play(program, cost, capacity, changes or {}, begin_bytes or {}).run(rank)
+    works = [cost(instruction) for instruction in program.instructions]
+    return _Play(program.instructions, program.by_lane, works, capacity, changes or {}, begin_bytes or {}).run(rank)
+
+
+def play(
+    instructions: Sequence[Instruction],
+    by_lane: Mapping[Any, Sequence[int]],
+    works: Sequence[Work],
+    capacity: Callable[[str, int], float] = lambda resource, num_users: 1.0,
+) -> Simulated:
+    """Play instructions on any lanes, those of several ranks for instance, that may wait for each other in any order.
+
+    Args:
+        by_lane: lane -> positions, in order; its text is what spans are named by.
+        works: what each instruction takes.
+
+    Raises:
+        AssertionError: they wait for each other for ever.
+    """
+    return _Play(instructions, by_lane, works, capacity, {}, {}).run(0)
 
 
 class _Play:
     def __init__(
         self,
-        program: Program,
-        cost: Callable[[Instruction], Work],
+        instructions: Sequence[Instruction],
+        by_lane: Mapping[Any, Sequence[int]],
+        works: Sequence[Work],
         capacity: Callable[[str, int], float],
         changes: Mapping[int, Sequence[Change]],
         begin_bytes: Mapping[str, int],
     ) -> None:
-        self.program, self.capacity, self.changes = program, capacity, changes
-        self.works = [cost(instruction) for instruction in program.instructions]
+        self.instructions, self.by_lane, self.works = instructions, by_lane, works
+        self.capacity, self.changes = capacity, changes
         self.now = 0.0
-        self.next: dict[Lane, int] = dict.fromkeys(program.by_lane, 0)  # place on the lane
-        self.left: dict[Lane, float] = {}  # lane -> seconds of its running instruction that are left, at full speed
-        self.began: dict[Lane, float] = {}
-        self.idle_since: dict[Lane, float] = dict.fromkeys(program.by_lane, 0.0)
+        self.next: dict[Hashable, int] = dict.fromkeys(by_lane, 0)  # place on the lane
+        self.left: dict[Hashable, float] = {}  # lane -> seconds of its running instruction that are left, at full speed
+        self.began: dict[Hashable, float] = {}
+        self.idle_since: dict[Hashable, float] = dict.fromkeys(by_lane, 0.0)
         self.done: dict[int, float] = {}  # position -> when
         self.spans: list[Span] = []
-        self.stalls: dict[str, dict[str, float]] = {str(lane): {} for lane in program.by_lane}
+        self.stalls: dict[str, dict[str, float]] = {str(lane): {} for lane in by_lane}
         self.held: dict[str, int] = dict(begin_bytes)
         self.history: dict[str, list[tuple[float, int]]] = {tier: [(0.0, size)] for tier, size in begin_bytes.items()}
 
@@ -115,14 +136,14 @@ class _Play:
             rates = self._rates()
             self._pass_time(rates, min(left / rates[lane] for lane, left in self.left.items()))
             self._begin_what_can()
-        assert len(self.done) == len(self.program.instructions), "dependencies point backwards, so all of it ends"
+        assert len(self.done) == len(self.instructions), "dependencies point backwards, so all of it ends"
         peaks = {tier: max(size for _, size in history) for tier, history in self.history.items()}
         spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.end_s)))
         held = {tier: tuple(history) for tier, history in self.history.items()}
         return Simulated(Timeline(spans, peaks, rank), self.stalls, held)
 
-    def _position(self, lane: Lane) -> int | None:
-        order = self.program.by_lane[lane]
+    def _position(self, lane: Hashable) -> int | None:
+        order = self.by_lane[lane]
         return order[self.next[lane]] if self.next[lane] < len(order) else None
 
     def _begin_what_can(self) -> None:
@@ -134,15 +155,15 @@ class _Play:
                 position = self._position(lane)
                 if lane in self.left or position is None:
                     continue
-                if all(before in self.done for before in self.program.instructions[position].after):
+                if all(before in self.done for before in self.instructions[position].after):
                     self._begin(lane, position)
                     progress = True
 
-    def _begin(self, lane: Lane, position: int) -> None:
+    def _begin(self, lane: Hashable, position: int) -> None:
         waited = self.now - self.idle_since[lane]
         if waited > _EPSILON_S:
-            last = max(self.program.instructions[position].after, key=lambda before: (self.done[before], before))
-            name = str(self.program.instructions[last].action)
+            last = max(self.instructions[position].after, key=lambda before: (self.done[before], before))
+            name = str(self.instructions[last].action)
             self.stalls[str(lane)][name] = self.stalls[str(lane)].get(name, 0.0) + waited
         self._change(position, at_begin=True)
         self.began[lane] = self.now
@@ -150,10 +171,10 @@ class _Play:
         if self.left[lane] <= _EPSILON_S:
             self._end(lane)
 
-    def _end(self, lane: Lane) -> None:
+    def _end(self, lane: Hashable) -> None:
         position = self._position(lane)
         assert position is not None
-        instruction = self.program.instructions[position]
+        instruction = self.instructions[position]
         self.spans.append(
             Span(str(lane), str(instruction.action), self.began.pop(lane), self.now, instruction.num_bytes)
         )
@@ -162,10 +183,10 @@ class _Play:
         self.next[lane] += 1
         self._change(position, at_begin=False)
 
-    def _rates(self) -> dict[Lane, float]:
+    def _rates(self) -> dict[Hashable, float]:
         """How fast each running instruction goes, 1 as alone."""
         loads: dict[str, tuple[float, int]] = {}
-        running = {lane: self.works[self.program.by_lane[lane][self.next[lane]]] for lane in self.left}
+        running = {lane: self.works[self.by_lane[lane][self.next[lane]]] for lane in self.left}
         for work in running.values():
             for resource, share in work.shares.items():
                 load, users = loads.get(resource, (0.0, 0))
@@ -173,7 +194,7 @@ class _Play:
         slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
         return {lane: 1 / max((slow[name] for name in work.shares), default=1.0) for lane, work in running.items()}
 
-    def _pass_time(self, rates: Mapping[Lane, float], seconds: float) -> None:
+    def _pass_time(self, rates: Mapping[Hashable, float], seconds: float) -> None:
         self.now += seconds
         for lane in list(self.left):
             self.left[lane] -= seconds * rates[lane]

@@ -5,20 +5,24 @@ the cut (`stages.py`) nor the measuring.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from ..parallel.actions import Kind
 from .pipeline_data import Schedule, ScheduleError, StageCosts, from_draft, loop, vee
-from .pipeline_timing import simulate
+from .pipeline_timing import Timing, simulate
 from .pipelines import LOOP_NAMES, NAMES, named_draft, schedule
 from .pipelines_list import Rules, list_schedule
 from .plan import PipelinePlan
+from .program import Instruction
+from .rank_play import KINDS, RunSeconds, Shared, play_ranks, stage_programs
+from .simulate import Work
 from .stage_memory import StageMemory
 from .stages import balance, check_starts
 
-__all__ = ["UnitSeconds", "choose_stages", "costs_of", "schedule_of"]
+__all__ = ["UnitSeconds", "choose_stages", "costs_of", "schedule_of", "step_seconds"]
 
+_MOST_ACTIONS = 20_000  # of schedules that are played with ranks that slow each other down
 _COPIES = (Kind.SAVE, Kind.LOAD)
 _RULES = tuple(
     Rules(forward_first, True, spacing, 0, patience)
@@ -34,15 +38,25 @@ class UnitSeconds:
 
     Attributes:
         forward_s, input_s, weight_s: of F, I and W.
+        backward_s: of B; None: as long as I and W.
+        alone: the same while no other rank of the machine computes; None: they do not slow it down.
     """
 
     forward_s: float
     input_s: float
     weight_s: float
+    backward_s: float | None = None
+    alone: "UnitSeconds | None" = None
 
     @property
     def total_s(self) -> float:
         return self.forward_s + self.input_s + self.weight_s
+
+    @property
+    def by_kind(self) -> tuple[float, float, float, float]:
+        """Of F, I, W and B."""
+        whole_s = self.input_s + self.weight_s if self.backward_s is None else self.backward_s
+        return self.forward_s, self.input_s, self.weight_s, whole_s
 
 
 def choose_stages(
@@ -54,6 +68,7 @@ def choose_stages(
     starts: Sequence[int] | None = None,
     allowed: Sequence[bool] | None = None,
     memory: StageMemory | None = None,
+    hosts: tuple[int, ...] = (),
 ) -> PipelinePlan:
     """Where to cut, and where the stages lie.
 
@@ -64,6 +79,7 @@ def choose_stages(
         starts: the first run of each stage, where a person has said so.
         allowed: whether a stage may begin at that run.
         memory: what stages take, and the limit; None: there is none.
+        hosts: as in `PipelinePlan`.
 
     Raises:
         ValueError: a name that there is not, or more stages than unit runs; says what to do.
@@ -72,11 +88,11 @@ def choose_stages(
     if name not in NAMES:
         raise ValueError(f"schedule={name!r}: there is {', '.join(NAMES)}")
     if name == "auto":
-        found = _plans_for_auto(num_ranks, micro_batches, runs, chunks, starts, allowed, memory)
+        found = _plans_for_auto(num_ranks, micro_batches, runs, chunks, starts, allowed, memory, hosts)
         if found:
-            return min(found, key=lambda plan: simulate(schedule_of(plan, micro_batches), costs_of(plan)).makespan_s)
+            return min(found, key=lambda plan: step_seconds(plan, schedule_of(plan, micro_batches)))
     order = schedule("1f1b" if name == "auto" else name, num_ranks, micro_batches, chunks=chunks)
-    return _with(name, order, runs, starts, allowed, memory)
+    return _with(name, order, runs, starts, allowed, memory, hosts)
 
 
 def _plans_for_auto(
@@ -87,6 +103,7 @@ def _plans_for_auto(
     starts: Sequence[int] | None,
     allowed: Sequence[bool] | None,
     memory: StageMemory | None,
+    hosts: tuple[int, ...],
 ) -> list[PipelinePlan]:
     """One for every placement; where memory is limited, for what every known schedule keeps open in it."""
     found: dict[PipelinePlan, None] = {}
@@ -101,7 +118,7 @@ def _plans_for_auto(
             if order.placement != placement:
                 continue
             try:
-                plan = _with("auto", order, runs, starts, allowed, memory)
+                plan = _with("auto", order, runs, starts, allowed, memory, hosts)
                 schedule_of(plan, micro_batches)
             except ScheduleError:
                 continue  # it needs too much
@@ -118,6 +135,7 @@ def _with(
     starts: Sequence[int] | None,
     allowed: Sequence[bool] | None,
     memory: StageMemory | None,
+    hosts: tuple[int, ...],
 ) -> PipelinePlan:
     placement, num_ranks = order.placement, order.num_ranks
     needs = None if memory is None else memory.needs(order)
@@ -134,25 +152,58 @@ def _with(
                 f"the stages of rank {worst} need {needed[worst]:,.0f} bytes, {needed[worst] - limit_bytes:,.0f} more "
                 f"than the limit of {limit_bytes:,.0f}"
             )
-    seconds = tuple(
-        (
-            sum(run.forward_s for run in runs[first:end]),
-            sum(run.input_s for run in runs[first:end]),
-            sum(run.weight_s for run in runs[first:end]),
-        )
-        for first, end in spans
+    table = [_summed([run.by_kind for run in runs[first:end]]) for first, end in spans]
+    alone = [run.alone for run in runs]
+    plan = PipelinePlan(
+        num_ranks,
+        name,
+        placement,
+        tuple(starts),
+        tuple((forward_s, input_s, weight_s) for forward_s, input_s, weight_s, _ in table),
+        backward_s=tuple(row[-1] for row in table),
+        alone_s=tuple(
+            _summed([(run.alone or run).by_kind for run in runs[first:end]])
+            for first, end in spans
+            if any(each is not None for each in alone)
+        ),
+        hosts=hosts,
     )
     if memory is None:
-        return PipelinePlan(num_ranks, name, placement, tuple(starts), seconds)
+        return plan
     saved = tuple(sum(memory.saved_bytes[first:end]) for first, end in spans)
-    return PipelinePlan(num_ranks, name, placement, tuple(starts), seconds, saved, memory.room_bytes(placement, spans))
+    return replace(plan, saved_bytes=saved, room_bytes=memory.room_bytes(placement, spans))
+
+
+def _summed(rows: Sequence[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
+    forward_s, input_s, weight_s, whole_s = (sum(column) for column in zip(*rows, strict=True))
+    return forward_s, input_s, weight_s, whole_s
 
 
 def costs_of(plan: PipelinePlan) -> StageCosts:
-    """Of its stages; equal ones where nothing was measured."""
+    """Of its stages while all ranks compute; equal ones where nothing was measured."""
     seconds = plan.seconds or ((1.0, 1.0, 1.0),) * len(plan.placement)
     forward_s, input_s, weight_s = zip(*seconds, strict=True)
-    return StageCosts.of_stages(forward_s, input_s, weight_s, plan.saved_bytes or None)
+    return StageCosts.of_stages(
+        forward_s, input_s, weight_s, plan.saved_bytes or None, backward_s=plan.backward_s or None
+    )
+
+
+def step_seconds(plan: PipelinePlan, order: Schedule) -> float:
+    """What the computation of a step takes, where ranks of one host are faster while another one waits."""
+    costs = costs_of(plan)
+    if not plan.alone_s or len(set(plan.hosts)) == len(plan.hosts):
+        return simulate(order, costs).makespan_s
+    together = list(zip(costs.forward_s, costs.input_s, costs.weight_s, costs.whole_s, strict=True))
+    shared = Shared(plan.hosts)
+
+    def cost(rank: int, instruction: Instruction) -> Work:
+        kind, stage = instruction.action.kind, instruction.action.index
+        if kind not in KINDS or stage is None:
+            return Work(0.0)
+        place = KINDS.index(kind)
+        return shared.work(rank, RunSeconds(together[stage][place], plan.alone_s[stage][place]))
+
+    return max(timeline.seconds for timeline in play_ranks(stage_programs(order), cost))
 
 
 def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
@@ -188,4 +239,19 @@ def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
             f"no schedule of {micro_batches} micro-batches keeps its activations within {most} bytes: take smaller "
             "micro-batches, more pipeline ranks, or activations='recompute'"
         )
-    return min(timed, key=lambda each: (each.makespan_s, each.span_s)).schedule
+    timed.sort(key=lambda each: (each.makespan_s, each.span_s))
+    if not plan.alone_s:
+        return timed[0].schedule
+    return min(_affordable(timed), key=lambda order: step_seconds(plan, order))
+
+
+def _affordable(timed: Sequence[Timing]) -> list[Schedule]:
+    """The first ones, different from each other, as many as can be played in a second."""
+    found: dict[Schedule, None] = {}
+    left = _MOST_ACTIONS
+    for each in timed:
+        left -= sum(map(len, each.schedule.orders)) if each.schedule not in found else 0
+        if found and left < 0:
+            break
+        found[each.schedule] = None
+    return list(found)

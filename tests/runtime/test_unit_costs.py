@@ -3,7 +3,7 @@ from torch import nn
 
 from outgrow.parallel.units import find_units
 from outgrow.runtime.passage import Passage
-from outgrow.runtime.unit_costs import measure_units
+from outgrow.runtime.unit_costs import UnitTimer
 from outgrow.scheduler.dataflow import trace_flow
 from outgrow.scheduler.trace import trace_model
 
@@ -39,7 +39,8 @@ def test_units_are_measured_beside_the_model():
     flow = trace_flow(model, units, passage.forward, part, shapes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    seconds = measure_units(units, trace, flow, passage, model, shapes, part)
+    timer = UnitTimer(units, trace, flow, passage, model, shapes, part)
+    seconds = timer.seconds([timer.round() for _ in range(3)])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 
+from outgrow.parallel.actions import Kind
 from outgrow.scheduler.pipeline_check import validate
 from outgrow.scheduler.pipeline_data import ScheduleError, loop, vee
 from outgrow.scheduler.pipeline_timing import simulate
 from outgrow.scheduler.pipelines import NAMES
 from outgrow.scheduler.plan import ChunkPlan, PipelinePlan, Plan
-from outgrow.scheduler.stage_choice import UnitSeconds, choose_stages, costs_of, schedule_of
+from outgrow.scheduler.stage_choice import UnitSeconds, choose_stages, costs_of, schedule_of, step_seconds
 from outgrow.scheduler.stage_memory import StageMemory
 
 RUNS = [UnitSeconds(1.0, 0.5, 0.5), *[UnitSeconds(2.0, 2.0, 2.0)] * 6, UnitSeconds(3.0, 3.0, 3.0)]
@@ -81,9 +82,34 @@ def test_auto_stays_within_the_room_of_each_rank():
         choose_stages("auto", 2, 8, RUNS, memory=memory_of(40))
 
 
+def test_auto_leaves_backward_whole_where_ranks_are_slowed_down_and_halves_cost_more():
+    """With all ranks on two threads of one core, a bubble costs nothing, and work that is done twice does."""
+
+    def run(scale: float) -> UnitSeconds:
+        alone = UnitSeconds(1.0 * scale, 1.0 * scale, 1.0 * scale, 1.6 * scale)
+        return UnitSeconds(*(2 * each for each in alone.by_kind), alone=alone)
+
+    runs = [run(1.0)] * 8
+    shared = choose_stages("auto", 2, 8, runs, hosts=(0, 0))
+    assert {action.kind for order in schedule_of(shared, 8).orders for action in order} == {Kind.F, Kind.B}
+    assert step_seconds(shared, schedule_of(shared, 8)) == pytest.approx(8 * 8 * 2.6)
+    halves = choose_stages("zb-h1", 2, 8, runs, hosts=(0, 0))
+    assert step_seconds(halves, schedule_of(halves, 8)) == pytest.approx(8 * 8 * 3.0)
+
+
+def test_a_whole_backward_is_timed_as_it_was_measured():
+    plan = choose_stages("1f1b", 2, 4, [UnitSeconds(1.0, 1.0, 1.0, 1.5)] * 4)
+    assert plan.backward_s == (3.0, 3.0)
+    assert simulate(schedule_of(plan, 4), costs_of(plan)).work_s == (20.0, 20.0)
+    assert step_seconds(plan, schedule_of(plan, 4)) == pytest.approx(25.0)
+
+
 def test_a_plan_with_a_pipeline_comes_back_from_json():
     stages = PipelinePlan(2, "zb-v", vee(2), (0, 2, 4, 6), ((1.0, 2.0, 3.0),) * 4, (1, 2, 3, 4), (9, 8), True)
-    for pipeline in (stages, PipelinePlan(2, "1f1b", loop(2), (0, 4)), choose_stages("auto", 2, 4, RUNS)):
+    slowed = UnitSeconds(2.0, 2.0, 2.0, 3.0, UnitSeconds(1.0, 1.0, 1.0))
+    shared = choose_stages("zb-v", 2, 4, [slowed] * 4, hosts=(0, 0))
+    assert shared.alone_s == ((1.0, 1.0, 1.0, 2.0),) * 4
+    for pipeline in (stages, shared, PipelinePlan(2, "1f1b", loop(2), (0, 4)), choose_stages("auto", 2, 4, RUNS)):
         plan = Plan(1, 0, 4, "float32", False, 1, (ChunkPlan(),), pipeline=pipeline)
         assert Plan.from_json(plan.to_json()) == plan
     old = json.loads(Plan(1, 0, 4, "float32", False, 1, (ChunkPlan(),), pipeline=stages).to_json())
@@ -94,8 +120,15 @@ def test_a_plan_with_a_pipeline_comes_back_from_json():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"saved_bytes": (1,)}, {"room_bytes": (1, 2)}, {"saved_bytes": (1, 1), "room_bytes": (1,)}, {"starts": (0,)}],
+    [
+        {"backward_s": (1.0,)},
+        {"hosts": (0, 0, 0)},
+        {"saved_bytes": (1,)},
+        {"room_bytes": (1, 2)},
+        {"saved_bytes": (1, 1), "room_bytes": (1,)},
+        {"starts": (0,)},
+    ],
 )
-def test_plans_whose_parts_do_not_belong_together_are_refused(fields: dict[str, tuple[int, ...]]):
-    with pytest.raises(ValueError, match=r"stages have|room for activations"):
+def test_plans_whose_parts_do_not_belong_together_are_refused(fields: dict[str, tuple[float, ...]]):
+    with pytest.raises(ValueError, match=r"stages have|room for activations|of whole backward passes"):
         replace(PipelinePlan(2, "1f1b", loop(2), (0, 4)), **fields)
