@@ -142,7 +142,7 @@ class Engine(PreparedEngine):
     @property
     def saved_levels(self) -> list[tuple[Action, int]]:
         """In a pipeline: every action of the last step's schedule on this rank, and the bytes that were kept for
-        backward passes behind it, read off the storages; empty elsewhere."""
+        backward passes behind it, read off the storages (once, where they follow from shapes); empty elsewhere."""
         return [] if self._pipeline is None else list(self._pipeline.passes.levels)
 
     def predict_step(self, batch: Any) -> Timeline | None:

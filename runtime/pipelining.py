@@ -359,6 +359,7 @@ class Pipeline:
         for action in schedule.orders[self._mesh.pipeline_rank]:
             self._passes.run(action)
             state.micro_loss = sum(self.losses[number] * micro[number].weight for number in sorted(self.losses))
+        self._passes.end()
 
     @property
     def passes(self) -> StagePasses:

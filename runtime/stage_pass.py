@@ -26,7 +26,7 @@ from .executor import Executor
 from .model_state import ModelState
 from .moving import MovingActivations
 from .passage import Passage
-from .saved_tensors import watched
+from .saved_tensors import saved_by_place, watched
 from .split_backward import Deferred, SplitBackward, run_backward
 from .stage_ends import LeftOut, Receive
 from .unit_hooks import Pass, StageEnd, UnitHooks
@@ -101,10 +101,14 @@ class StagePasses:
         self._arrived: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
         self._leaving: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
         self._live = LiveBytes()
+        self._is_watching = True
+        self._flows: tuple[int, ...] = ()
+        self._known: dict[tuple[int, ...], tuple[tuple[Action, int], ...]] = {}
         self.losses: dict[int, float] = {}
         """Micro-batch -> its mean loss, where this rank has the last stage."""
         self.levels: list[tuple[Action, int]] = []
-        """Each stage-level action of the step, and the bytes that were kept for backward passes behind it."""
+        """Each stage-level action of the step, and the bytes that were kept for backward passes behind it: as it was in
+        the first step with micro-batches of these shapes, where activations stay where they are."""
 
     def install(self) -> None:
         """Let units of other stages be left out."""
@@ -124,8 +128,16 @@ class StagePasses:
         self.forget()
         self._step, self._micro, self._state = step, micro, state
         batches = [leaf for each in micro for leaf in tree_leaves(each.part) if isinstance(leaf, torch.Tensor)]
+        # What is kept follows from the shapes of the micro-batches: one look is enough, where nothing moves meanwhile.
+        self._flows = tuple(id(each.flow) for each in micro)
+        known = self._known.get(self._flows) if self.moving is None else None
+        self._is_watching = known is None
         self._live.begin([*self._passage.model.buffers(), *batches])
-        self.levels = []
+        self.levels = list(known or ())
+
+    def end(self) -> None:
+        """All actions of the step are done."""
+        self._known[self._flows] = tuple(self.levels)
 
     def forget(self) -> None:
         """What a step that failed has left."""
@@ -153,12 +165,15 @@ class StagePasses:
                     return
         finally:
             self._hooks.end()
+        if not self._is_watching:
+            return
         loaded_bytes = self.moving.loaded_bytes() if self.moving is not None else 0
         self.levels.append((action, self._live.num_bytes() + loaded_bytes))
 
     def show(self, tensor: torch.Tensor) -> None:
         """Something keeps a tensor for a backward pass."""
-        self._live.show(tensor)
+        if self._is_watching:
+            self._live.show(tensor)
 
     @property
     def peak_bytes(self) -> int:
@@ -199,7 +214,7 @@ class StagePasses:
 
     def _forward(self, stage: int, number: int) -> None:
         micro, runs = self._micro[number], self._stages.runs(stage)
-        deferred = Deferred(not self._split, self._live.show)
+        deferred = Deferred(not self._split, self.show)
         self._executor.await_next()  # what was received, and chunks that code outside of units uses
         current = self._hooks.begin_forward(self._step, number, runs)
         opened = self._opened[stage, number] = _Opened(current, deferred)
@@ -344,7 +359,10 @@ class StagePasses:
     def _contexts(self, deferred: Deferred) -> ExitStack:
         stack = ExitStack()
         assert self._state is not None
-        stack.enter_context(watched(self._state, self._live))
+        if self._is_watching:
+            stack.enter_context(watched(self._state, self._live))
+        elif self._state.drops_copies:
+            stack.enter_context(saved_by_place(self._state))
         stack.enter_context(SplitBackward(deferred))
         return stack
 

@@ -57,12 +57,7 @@ def unit_seconds(
     rows: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(rows, own)
     table = torch.tensor([mine for mine, _ in rows], dtype=torch.float64).quantile(0.5, dim=0).tolist()
-    return [_with(run, UnitSeconds(*one)) for run, one in zip(table, rows[0][1], strict=True)]
-
-
-def _with(by_kind: Sequence[float], alone: UnitSeconds) -> UnitSeconds:
-    forward_s, input_s, weight_s, backward_s = by_kind
-    return UnitSeconds(forward_s, input_s, weight_s, backward_s, alone)
+    return [UnitSeconds.of(run, UnitSeconds.of(one)) for run, one in zip(table, rows[0][1], strict=True)]
 
 
 def hosts_of(mesh: Mesh) -> tuple[int, ...]:

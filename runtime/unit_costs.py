@@ -74,7 +74,7 @@ class UnitTimer:
         found = [_typical([each[kind] for each in rounds]) for kind in self._kinds]
         loss = _typical([each["loss"] for each in rounds])
         both = zip(found[-1].by_kind, loss.by_kind, strict=True)
-        return [*found[:-1], UnitSeconds(*(unit_s + loss_s for unit_s, loss_s in both))]
+        return [*found[:-1], UnitSeconds.of(unit_s + loss_s for unit_s, loss_s in both)]
 
 
 def _with_values(unit: Unit, known: Mapping[int, tuple[Sequence[int], torch.dtype]]) -> nn.Module:
@@ -151,4 +151,4 @@ def _typical(rounds: Sequence[_Seconds]) -> UnitSeconds:
     too, which a median would leave out, but not through a stall each time."""
     left_out = len(rounds) // 5
     kept = [sorted(column)[left_out : len(rounds) - left_out] for column in zip(*rounds, strict=True)]
-    return UnitSeconds(*(fmean(column) for column in kept))
+    return UnitSeconds.of(fmean(column) for column in kept)

@@ -4,7 +4,7 @@ Owns the choice for every schedule name, pure and the same on all ranks. Does no
 the cut (`stages.py`) nor the measuring.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -47,6 +47,12 @@ class UnitSeconds:
     weight_s: float
     backward_s: float | None = None
     alone: "UnitSeconds | None" = None
+
+    @classmethod
+    def of(cls, by_kind: Iterable[float], alone: "UnitSeconds | None" = None) -> "UnitSeconds":
+        """From seconds of F, I, W and B."""
+        forward_s, input_s, weight_s, backward_s = by_kind
+        return cls(forward_s, input_s, weight_s, backward_s, alone)
 
     @property
     def total_s(self) -> float:

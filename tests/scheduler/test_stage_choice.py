@@ -87,7 +87,7 @@ def test_auto_leaves_backward_whole_where_ranks_are_slowed_down_and_halves_cost_
 
     def run(scale: float) -> UnitSeconds:
         alone = UnitSeconds(1.0 * scale, 1.0 * scale, 1.0 * scale, 1.6 * scale)
-        return UnitSeconds(*(2 * each for each in alone.by_kind), alone=alone)
+        return UnitSeconds.of((2 * each for each in alone.by_kind), alone)
 
     runs = [run(1.0)] * 8
     shared = choose_stages("auto", 2, 8, runs, hosts=(0, 0))
