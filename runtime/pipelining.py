@@ -330,7 +330,7 @@ class Pipeline:
         texts, elems = zip(*rows[self._mesh.data_rank :: self._mesh.num_data], strict=True)
         programs = [Program.parse(text) for text in texts]
         kinds = {instruction.action.kind for program in programs for instruction in program.instructions}
-        runs = unit_seconds(self._timer(part), self._mesh, 1, kinds)
+        runs = unit_seconds(self._timer(part), self._mesh, kinds)
         played = play_step(programs, runs, hosts_of(self._mesh), elem_seconds(alone), elems)
         return None if played is None else played[self._mesh.pipeline_rank]
 

@@ -23,37 +23,30 @@ from ..scheduler.program import Instruction, Program
 from ..scheduler.rank_play import KINDS, RunSeconds, Shared, play_ranks
 from ..scheduler.simulate import Work
 from ..scheduler.stage_choice import UnitSeconds
-from .unit_costs import Round, UnitTimer
+from .unit_costs import UnitTimer
 
 __all__ = ["ElemSeconds", "elem_seconds", "hosts_of", "play_step", "unit_seconds"]
 
-_CYCLES = 2
-_TOGETHER, _ALONE = 4, 2  # rounds of a cycle
+_TOGETHER, _ALONE = 4, 2  # rounds that count
 _ELEMS = 1 << 22  # more than caches hold, with their slots
 _PLAYED = frozenset({*KINDS, Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B, Kind.NORM, Kind.STEP, Kind.DROP})
 
 
-def unit_seconds(
-    timer: UnitTimer, mesh: Mesh, cycles: int = _CYCLES, kinds: Set[Kind] = frozenset(KINDS)
-) -> list[UnitSeconds]:
+def unit_seconds(timer: UnitTimer, mesh: Mesh, kinds: Set[Kind] = frozenset(KINDS)) -> list[UnitSeconds]:
     """Of each unit run, the same on all ranks. Collective.
 
     Args:
         kinds: of actions, that are wanted.
     """
     once = partial(timer.round, Kind.I in kinds or Kind.W in kinds, Kind.B in kinds)
-    together: list[Round] = []
-    alone: list[Round] = []
     once()  # pays for what libraries set up, and makes the gradients that the others add to
-    for _ in range(cycles):
-        dist.barrier()
-        together += [once() for _ in range(_TOGETHER)]
-        once()  # another rank may still be at one that counts
-        dist.barrier()
-        if mesh.rank == 0:
-            alone += [once() for _ in range(_ALONE)]
     dist.barrier()
-    own = [run.by_kind for run in timer.seconds(together)], [run.by_kind for run in timer.seconds(alone or together)]
+    together = [once() for _ in range(_TOGETHER)]
+    once()  # another rank may still be at one that counts
+    dist.barrier()
+    alone = [once() for _ in range(_ALONE)] if mesh.rank == 0 else together
+    dist.barrier()
+    own = [run.by_kind for run in timer.seconds(together)], [run.by_kind for run in timer.seconds(alone)]
     rows: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(rows, own)
     table = torch.tensor([mine for mine, _ in rows], dtype=torch.float64).quantile(0.5, dim=0).tolist()
