@@ -79,7 +79,7 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
     def train(inputs: Tensor, targets: Tensor) -> float:
         nonlocal seconds, steps
         result = engine.step((inputs, targets))
-        seconds, steps = result.seconds, steps + 1
+        seconds, steps = result.step_s, steps + 1
         return result.loss
 
     def foresee(inputs: Tensor, targets: Tensor) -> None:
