@@ -5,7 +5,8 @@
     results = run_ranks(sum_of_ranks, 3, 2.0)  # [rank 0's, rank 1's, rank 2's]
 
 The function is found by name in the new processes, so it stands at the top level of a module. The processes are forked
-from a server that has imported torch once: a group of ranks costs little more than its imports of the tests.
+from a server that has imported all but the tests once: torch's compiler, too, which every first optimizer asks for and
+which takes seconds.
 """
 
 import multiprocessing
@@ -21,14 +22,22 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_outcomes", "run_ranks"]
+__all__ = ["run_outcomes", "run_ranks", "warm_context"]
 
 _ROOT = Path(__file__).parents[1]
+_PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "numba", "pytest", "outgrow.runtime.engine")
 _GRACE_S = 10.0
 """How long the other ranks may go on after one of them has failed."""
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def warm_context() -> Any:
+    """Processes of it are forked from the server that has imported all but the tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED])
+    return context
+
+
+def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """`function(rank, *args)` on every rank; the results in rank order.
 
     Raises:
@@ -42,7 +51,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
 
 
 def run_outcomes(
-    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0, grace_s: float | None = None
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 300.0, grace_s: float | None = None
 ) -> list[Any]:
     """As `run_ranks`, but a rank that failed has its exception in the list.
 
@@ -51,8 +60,7 @@ def run_outcomes(
     Args:
         grace_s: seconds that the others may go on after one has failed; None: until `timeout_s` is over.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numba", "pytest"])
+    context = warm_context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
             context.Process(

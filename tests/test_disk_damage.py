@@ -38,7 +38,7 @@ from outgrow.runtime.engine import Engine
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path, one_thread: None) -> Iterator[None]:
     expected()
     with nothing_is_left(tmp_path):
         yield

@@ -35,7 +35,7 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path, one_thread: None) -> Iterator[None]:
     expected()
     with nothing_is_left(tmp_path):
         yield

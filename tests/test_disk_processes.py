@@ -1,6 +1,5 @@
 """Training with state on disk beside other processes: killed ones, forks, other runs, other ranks, and whole runs."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,7 +12,7 @@ import pytest
 import torch
 from disk_runs import From, batch, expected, files, make, names_the_place, nothing_is_left, same_weights, train
 from faulty_io import EIO, FaultyIO
-from ranks import run_outcomes
+from ranks import run_outcomes, warm_context
 
 from outgrow.memory.errors import DiskFault, OutgrowError, StateLost, StoreError
 
@@ -21,11 +20,9 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path, one_thread: None) -> Iterator[None]:
     expected()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numba", "pytest"])
-    warm_up = context.Process(target=int)  # the server and the tracker stay, with their descriptors
+    warm_up = warm_context().Process(target=int)  # the server and the tracker stay, with their descriptors
     warm_up.start()
     warm_up.join()
     with nothing_is_left(tmp_path):
@@ -48,7 +45,7 @@ class Other:
     """A process that trains in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = warm_context()
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=train_for_ever, args=(str(folder), end), daemon=True)
         self.process.start()

@@ -50,6 +50,7 @@ def engine_loop(case: Case, steps: int, samples: int, **arguments: Any) -> tuple
         engine.close()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("optimizer", [ADAMW, SGD, functools.partial(torch.optim.AdamW, fused=True)])
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_have_the_bits_of_the_plain_loop(name: str, optimizer: Any) -> None:
@@ -61,6 +62,7 @@ def test_twenty_steps_have_the_bits_of_the_plain_loop(name: str, optimizer: Any)
     assert [key for key in weights if not torch.equal(weights[key], state[key])] == []
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
 def test_micro_batches_and_clipping_have_the_bits_of_the_plain_loop(name: str) -> None:
     case = CASES[name]
