@@ -22,7 +22,7 @@ from .stages import balance, check_starts
 
 __all__ = ["UnitSeconds", "choose_stages", "costs_of", "schedule_of", "step_seconds"]
 
-_MOST_ACTIONS = 20_000  # of schedules that are played with ranks that slow each other down
+_MOST_PLAYED = 40_000  # actions times ranks, of schedules that are played with ranks that slow each other down
 _COPIES = (Kind.SAVE, Kind.LOAD)
 _RULES = tuple(
     Rules(forward_first, True, spacing, 0, patience)
@@ -248,16 +248,18 @@ def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
     timed.sort(key=lambda each: (each.makespan_s, each.span_s))
     if not plan.alone_s:
         return timed[0].schedule
-    return min(_affordable(timed), key=lambda order: step_seconds(plan, order))
+    played = _affordable(timed)
+    return played[0] if len(played) == 1 else min(played, key=lambda order: step_seconds(plan, order))
 
 
 def _affordable(timed: Sequence[Timing]) -> list[Schedule]:
-    """The first ones, different from each other, as many as can be played in a second."""
+    """The first ones, different from each other, as many as can be played in a second or so."""
     found: dict[Schedule, None] = {}
-    left = _MOST_ACTIONS
-    for each in timed:
-        left -= sum(map(len, each.schedule.orders)) if each.schedule not in found else 0
-        if found and left < 0:
-            break
-        found[each.schedule] = None
+    left = _MOST_PLAYED
+    for order in (each.schedule for each in timed):
+        if order not in found:
+            left -= sum(map(len, order.orders)) * order.num_ranks
+            if found and left < 0:
+                break
+            found[order] = None
     return list(found)
