@@ -1,7 +1,8 @@
 """What the ranks of a pipeline send each other: tensors to one rank, numbers to all.
 
 Owns how messages get there; a message is found by its key, whatever the order in which messages come. Does not own when
-they are sent (programs) nor what they are for. One thread uses a mail at a time; `fail` alone may come from any.
+they are sent (programs) nor what they are for. One thread receives at a time, beside others that send; `fail` may come
+from any.
 
     SharedMail    ranks on one host: contents in shared memory that the sender owns, notes of them in a pipe of the
                   receiver, which sleeps in the kernel until one comes
@@ -14,6 +15,7 @@ import os
 import pickle
 import select
 import struct
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -142,6 +144,7 @@ class SharedMail(Mail):
         self._poll = select.poll()
         for descriptor in (self._read, *self._processes):
             self._poll.register(descriptor, select.POLLIN)
+        self._reading = threading.Lock()  # of who takes what has come: a sender, but not from under a receiver
         self._rest = b""
         self._arrived: dict[tuple[int, int, Key], _Note] = {}
         self._given_up: dict[int, str] = {}  # step -> what another rank said
@@ -230,7 +233,10 @@ class SharedMail(Mail):
             raise MailError(f"rank {to} of the pipeline has left") from None
 
     def _await(self, sender: int, key: Key) -> _Note:
-        until = time.monotonic() + self._deadline_s
+        with self._reading:
+            return self._awaited(sender, key, time.monotonic() + self._deadline_s)
+
+    def _awaited(self, sender: int, key: Key, until: float) -> _Note:
         while (note := self._arrived.pop((sender, self._step, key), None)) is None:
             for step in (self._step, _FOR_GOOD):
                 if step in self._given_up:
@@ -281,10 +287,14 @@ class SharedMail(Mail):
 
     def _buffer(self, num_bytes: int) -> tuple[int, int]:
         """An empty buffer of this rank, and its bytes."""
-        self._take()
+        if self._reading.acquire(blocking=False):
+            try:
+                self._take()
+            finally:
+                self._reading.release()
         room_bytes = max(1 << 12, 1 << (num_bytes - 1).bit_length()) if num_bytes else 1 << 12
-        if free := self._free.get(room_bytes):
-            return free.pop(), room_bytes
+        with suppress(IndexError):
+            return self._free.setdefault(room_bytes, []).pop(), room_bytes
         descriptor = os.memfd_create("outgrow-mail", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, room_bytes)
         self._buffers[descriptor] = mmap(descriptor, room_bytes, MAP_SHARED)

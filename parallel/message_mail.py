@@ -4,6 +4,7 @@ Owns the tags that messages are matched by. Sends are asynchronous and keep thei
 rank that fails can tell nobody here: the others learn it when the group's own time is over.
 """
 
+import threading
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,13 +25,13 @@ class MessageMail(Mail):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self._step = 0
+        self._sending = threading.Lock()  # of who notes what is on its way
         self._pending: list[tuple[Any, torch.Tensor]] = []
 
     def begin(self, step: int) -> None:
         self._step = step
 
     def send(self, to: int, key: Key, tensors: Sequence[torch.Tensor | None], likes: Sequence[torch.Tensor]) -> None:
-        self._pending = [(work, content) for work, content in self._pending if not work.is_completed()]
         # The whole length goes in any case: a receiver must not have to ask for it.
         content = torch.zeros(_bytes(likes), dtype=torch.uint8)
         for number, tensor in enumerate(tensors):
@@ -41,7 +42,9 @@ class MessageMail(Mail):
                 part = content[start : start + tensor.nbytes].view(tensor.dtype)
                 part.view(tensor.shape).copy_(tensor.detach())
                 start += _aligned(tensor.nbytes)
-        self._pending.append((dist.isend(content, group=self.group, group_dst=to, tag=self._tag(key)), content))
+        work = dist.isend(content, group=self.group, group_dst=to, tag=self._tag(key))
+        with self._sending:
+            self._pending = [each for each in self._pending if not each[0].is_completed()] + [(work, content)]
 
     def receive(self, sender: int, key: Key, likes: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         content = torch.empty(_bytes(likes), dtype=torch.uint8)

@@ -35,6 +35,7 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     still_there = set(moved.kept)  # their READ is yet to come
     kept_writes: dict[str, int] = {}  # resource -> the carried WRITE that looks at it
     computed: int | None = None  # the last compute action
+    ended: int | None = None  # the last one of the pass of a stage before that
     sharing = _sharing(buffers)
     last_write: dict[str, int] = {}
     reads_since: dict[str, list[int]] = {}
@@ -77,13 +78,23 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
             down_before, down = down, None
         if computed is not None and lane is not Lane.COMPUTE and _follows_compute(action, shape, plan):
             after.add(computed)
-        computed = position if action.kind.is_compute else computed
+        if action.kind.is_compute:
+            if computed is not None and _pass_of(action, shape) != _pass_of(moved.actions[computed], shape):
+                ended = computed
+            computed = position
+        elif action.kind in (Kind.RECV_F, Kind.RECV_B) and ended is not None:
+            after.add(ended)  # one pass ahead of its use: taken in while the stage before it computes
         for name in _buffers_used(action, shape, plan, buffers):
             users.setdefault(name, {})[lane] = position
         after.discard(position)
         num_bytes = 0 if moves_nothing else _num_bytes(action, shape)
         instructions.append(Instruction(action, lane, tuple(sorted(after)), num_bytes))
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
+
+
+def _pass_of(action: Action, shape: StepShape) -> tuple[Kind, int, int | None]:
+    assert action.index is not None
+    return action.kind, shape.stage_of(action.index), action.micro_batch
 
 
 def _follows_compute(action: Action, shape: StepShape, plan: Plan) -> bool:
@@ -249,7 +260,9 @@ def _lane(action: Action, shape: StepShape, plan: Plan) -> Lane:
             return Lane.D2H if _goes_to_host(action, shape, plan) else Lane.WRITE
         case Kind.LOAD:
             return Lane.H2D if _goes_to_host(action, shape, plan) else Lane.READ
-        case Kind.SEND_F | Kind.RECV_F | Kind.SEND_B | Kind.RECV_B:
+        case Kind.SEND_F | Kind.SEND_B:
+            return Lane.COMPUTE  # it waits for nobody, and does not keep what is received waiting
+        case Kind.RECV_F | Kind.RECV_B:
             return Lane.NET
         case Kind.GATHER | Kind.REDUCE | Kind.NORM if plan.world_size > 1:
             return Lane.NET

@@ -132,5 +132,5 @@ def _stage_program(schedule: Schedule, rank: int, last: int) -> Program:
             waits = (add(Action(receive, stage, number), Lane.NET, ()),)
         done = add(action, Lane.COMPUTE, waits)
         if not is_weight and is_elsewhere(behind):
-            add(Action(send, stage, number), Lane.NET, (done,))
+            add(Action(send, stage, number), Lane.COMPUTE, (done,))
     return Program(tuple(found))

@@ -56,7 +56,8 @@ def test_programs_of_every_schedule_run_together(name: str):
             check_ranks(programs, [[rank] for rank in range(ranks)])
             for program in programs:
                 transfers = [i for i in program.instructions if i.action.kind.name.startswith(("SEND", "RECV"))]
-                assert {i.lane for i in transfers} <= {Lane.NET}
+                lanes = {Kind.SEND_F: Lane.COMPUTE, Kind.SEND_B: Lane.COMPUTE}
+                assert all(i.lane is lanes.get(i.action.kind, Lane.NET) for i in transfers)
                 assert {i.num_bytes for i in transfers} <= {64}
 
 
@@ -141,6 +142,22 @@ def program_of(name: str, ranks: int, count: int, rank: int, chunk: ChunkPlan, *
         zero=0, micro_batches=count, clips_gradients=False, prefetch=1, chunks=decisions, pipeline=pipeline, **fields
     )
     return compile_stages(shape, plan, order, stages, rank, [len(here) - 1]), shape, plan
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v"])
+def test_what_is_received_comes_while_the_pass_before_its_use_computes_and_no_earlier(name: str):
+    program, shape, _ = program_of(name, 2, 5, 1, ChunkPlan())
+    ends: dict[Any, int] = {}  # pass of a stage -> its last action
+    for position, instruction in enumerate(program.instructions):
+        action = instruction.action
+        if action.kind.is_compute:
+            ends[action.kind, shape.stage_of(action.index or 0), action.micro_batch] = position
+        elif action.kind in (Kind.RECV_F, Kind.RECV_B):
+            assert instruction.lane is Lane.NET
+            assert instruction.after == tuple(list(ends.values())[-2:-1])
+        elif action.kind in (Kind.SEND_F, Kind.SEND_B):
+            assert instruction.lane is Lane.COMPUTE
+            assert instruction.after == (max(ends.values()),)
 
 
 @pytest.mark.parametrize("key", PLANS)
