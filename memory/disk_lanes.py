@@ -22,6 +22,7 @@ from typing import Literal
 
 from .direct_io import AlignedBuffer
 from .errors import LaneTimeout, StoreError
+from .priority import give_way
 
 __all__ = ["BlockTransfer", "DiskLanes", "LaneName", "LaneStatistics", "Order", "Ticket"]
 
@@ -333,6 +334,7 @@ class DiskLanes:
 
     def _work(self, lane: _Lane) -> None:
         """One thread: take the next block, move it, until closed."""
+        give_way()
         me = threading.current_thread().name
         with AlignedBuffer(self._scratch_bytes) as scratch:
             while True:

@@ -102,6 +102,29 @@ def test_closing_returns_the_memory() -> None:
     assert mapping.resident_bytes() is None
 
 
+@pytest.mark.parametrize(("num_bytes", "is_huge"), [(16 << 20, True), (1 << 20, False)])
+def test_large_buffers_ask_for_huge_pages(num_bytes: int, is_huge: bool) -> None:
+    with AlignedBuffer(num_bytes) as buffer:
+        assert ("hg" in flags_of(address_of(buffer.view))) == (is_huge and has_huge_pages())
+
+
+def has_huge_pages() -> bool:
+    return Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+def flags_of(address: int) -> list[str]:
+    """What the kernel keeps of the mapping that an address lies in."""
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *words = line.split()
+        if "-" in key and not key.endswith(":"):
+            first, last = (int(bound, 16) for bound in key.split("-"))
+            is_inside = first <= address < last
+        elif is_inside and key == "VmFlags:":
+            return words
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
 def test_bytes_of_shares_memory_or_refuses() -> None:
     tensor = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
     assert len(bytes_of(tensor)) == 24
