@@ -36,13 +36,15 @@ _NEVER = 2**31 - 1  # bytes; an int to mallopt
 
 
 def keep_freed_blocks() -> bool:
-    """Let this process keep freed blocks of any size for its next step. False where the C library cannot."""
+    """Let this process keep freed blocks of any size for its next step, in one heap for all threads: those of its other
+    heaps are given back whenever one of them is empty. False where the C library cannot."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         _log.info("this C library has no mallopt: freed blocks go back to the kernel")
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    thresholds = bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return thresholds and bool(mallopt(_M_ARENA_MAX, 1))
 
 
 def return_blocks_at_once() -> bool:

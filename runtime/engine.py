@@ -203,6 +203,7 @@ class Engine(PreparedEngine):
             recomputed.remove()
         self._hooks.remove()
         self._executor.close()
+        self._turns.close()
         if self._pipeline is not None:
             self._pipeline.close()
         self._forget(is_over=True)  # what is in the tiers' buffers goes with them
@@ -259,7 +260,8 @@ class Engine(PreparedEngine):
 
     def _leave_turn(self, micro_batch: int) -> None:
         self.state.stash_gradients(self._held, micro_batch)
-        release_kernel_buffers()  # else each micro-batch's thread would keep its own
+        if not self._is_ample:
+            release_kernel_buffers()  # else each micro-batch's thread would keep its own
 
     def _recover(self) -> None:
         """After a failed step: as if it had not been."""

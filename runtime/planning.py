@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Planned", "Planner"]
 
+_NUM_ASSESSED = 128  # plans that are kept compiled: as many as one search looks at
 _AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
 _LOG = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class _Planning:
         self.process = 0
         self.budgets = Budgets(0)
         self.profiled: Profiled | None = None
+        self._assessed: dict[Plan, Assessment] = {}  # the last ones: searches with other budgets come to the same plans
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
         several, clips = plan.micro_batches > 1, plan.clips_gradients
@@ -189,15 +191,12 @@ class _Planning:
                 if best is None and number == len(modes) - 1:
                     raise  # the leanest way's refusal says what is missing
                 continue
-            if best is None or self._is_faster(found, best.found):
+            if best is None or self.simulated(found).seconds < self.simulated(best.found).seconds:
                 best = _Decided(plan_, open__, found, fates, note)
             if self.profiled is None or not (found.plan.activations or found.plan.uses_disk):
                 break  # nothing that could be compared, or bettered
         assert best is not None
         return best
-
-    def _is_faster(self, one: Assessment, other: Assessment) -> bool:
-        return self.simulated(one).seconds < self.simulated(other).seconds
 
     def _modes(self, plan: Plan, open_: Open) -> list[tuple[Plan, Open]]:
         """With freed blocks kept, where that can be proved to fit, and given back at once.
@@ -296,6 +295,13 @@ class _Planning:
 
     def assess(self, plan: Plan) -> Assessment:
         """Compile a plan and add up its bytes."""
+        found = self._assessed.pop(plan, None) or self._assess(plan)
+        self._assessed[plan] = found
+        if len(self._assessed) > _NUM_ASSESSED:
+            del self._assessed[next(iter(self._assessed))]
+        return found
+
+    def _assess(self, plan: Plan) -> Assessment:
         planner, profile = self.planner, self.memory
         assert profile is not None
         shape = self.shape_of(plan)

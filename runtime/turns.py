@@ -9,6 +9,7 @@ The state of torch's default random generator belongs to the micro-batch whose t
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -46,6 +47,9 @@ class Turns:
         self._finished: set[int] = set()
         self._failure: BaseException | None = None
         self._local = threading.local()
+        # Kept from step to step: kernels have a team of helpers for each thread that computes, which is costly to make.
+        self._threads: ThreadPoolExecutor | None = None
+        self._num_threads = 0
 
     def run(self, bodies: Sequence[tuple[int, Callable[[], None]]]) -> None:
         """Run each micro-batch's body, in turns, to the end.
@@ -58,20 +62,28 @@ class Turns:
         if not bodies:
             return
         self._numbers = {number for number, _ in bodies}
-        num_threads = torch.get_num_threads()
-        threads = [
-            threading.Thread(target=self._run_body, args=(*body, num_threads), name=f"micro-batch-{body[0]}")
-            for body in bodies
-        ]
         self._holder = min(self._numbers)
         self._finished = set()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        num_threads = torch.get_num_threads()
+        threads = self._threads_for(len(bodies))
+        for ended in [threads.submit(self._run_body, *body, num_threads) for body in bodies]:
+            ended.result()
         failure, self._failure = self._failure, None  # the next step begins without it
         if failure is not None:
             raise failure
+
+    def close(self) -> None:
+        """End the threads; another step makes new ones."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._threads, self._num_threads = None, 0
+
+    def _threads_for(self, num_bodies: int) -> ThreadPoolExecutor:
+        if self._threads is None or self._num_threads < num_bodies:
+            self.close()
+            self._threads = ThreadPoolExecutor(num_bodies, thread_name_prefix="micro-batch")
+            self._num_threads = num_bodies
+        return self._threads
 
     def advance_to(self, action: Action) -> None:
         """Come to a compute action, when it is its turn.
