@@ -81,7 +81,7 @@ class Turns:
     def _threads_for(self, num_bodies: int) -> ThreadPoolExecutor:
         if self._threads is None or self._num_threads < num_bodies:
             self.close()
-            self._threads = ThreadPoolExecutor(num_bodies, thread_name_prefix="micro-batch")
+            self._threads = ThreadPoolExecutor(num_bodies)
             self._num_threads = num_bodies
         return self._threads
 
@@ -138,6 +138,7 @@ class Turns:
             self._leave(me)
 
     def _run_body(self, number: int, body: Callable[[], None], num_threads: int) -> None:
+        threading.current_thread().name = f"micro-batch-{number}"
         self._local.number = number
         self._local.has_begun = False
         torch.set_num_threads(num_threads)  # torch keeps it for each thread

@@ -67,6 +67,7 @@ def steps() -> Iterator[Steps]:
     steps = Steps()
     with steps.executor:
         yield steps
+    steps.turns.close()
 
 
 def test_the_programs_order_is_followed_whatever_the_threads_do(steps: Steps) -> None:
@@ -177,6 +178,29 @@ def test_a_turn_that_never_ends_is_told(steps: Steps, monkeypatch: pytest.Monkey
     bodies[0] = impatient
     with pytest.raises(LaneTimeout, match=r"F1\.0 waited 0\.05 s for its turn; micro-batch 1 has it"):
         steps.run(bodies)
+
+
+def test_threads_stay_from_step_to_step_until_closed(steps: Steps) -> None:
+    def threads() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name.startswith("micro-batch")}
+
+    before, seen = threads(), set[threading.Thread]()
+    for _ in range(3):
+        bodies = steps.whole(0, 1, 2)
+        inner = bodies[1]
+
+        def noting(inner: Callable[[], None] = inner) -> None:
+            seen.add(threading.current_thread())
+            inner()
+
+        bodies[1] = noting
+        assert steps.run(bodies) == ORDER
+        assert len(threads() - before) == 3
+    assert seen <= threads()
+    steps.turns.close()
+    assert not threads() - before
+    assert steps.run(steps.whole(0, 1, 2)) == ORDER  # another step makes new ones
+    steps.turns.close()
 
 
 def test_outside_of_turns_the_executor_is_used_as_it_is(steps: Steps) -> None:
