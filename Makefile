@@ -4,7 +4,16 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.outgrow-installed
 
-.PHONY: setup demo test lint format clean
+# The tests in groups, each a process of its own, two at a time: most of them keep one core busy, and the others wait for
+# disks and for each other. What starts Ray is in one group: never two clusters beside each other.
+RAY := $(shell grep -rl --include='test_*.py' 'mark\.ray' tests)
+RANKS := $(filter-out $(RAY),$(wildcard tests/test_*_ranks.py))
+WHOLE := $(filter-out $(RAY) $(RANKS),$(wildcard tests/test_*.py))
+RUNTIME := tests/runtime
+OTHERS := $(filter-out tests/runtime/,$(sort $(dir $(wildcard tests/*/test_*.py))))
+PARTS := RANKS RUNTIME WHOLE OTHERS RAY
+
+.PHONY: setup demo test lint format clean $(PARTS)
 
 setup: $(STAMP)
 
@@ -21,8 +30,11 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m basedpyright --level error
 
-test: lint
-	$(PY) -m pytest
+test: setup
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target lint $(PARTS)
+
+$(PARTS): setup
+	$(PY) -m pytest $($@) $(if $(filter-out RAY,$@),$(RAY:%=--ignore=%))
 
 format: setup
 	$(PY) -m ruff check --fix-only .
