@@ -29,6 +29,7 @@ _ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hol
 _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
+_NUM_PRODUCTS = 16  # of 1 GFLOP each, that are timed beside the disk
 PROBE_BYTES = 240 << 20  # the most that measuring takes: the disk's blocks and what fills them, more than the tensors
 
 
@@ -108,11 +109,18 @@ def _tensor_seconds() -> tuple[float, float, float]:
 
 
 def _measure_disk(folder: str) -> DiskFigures:
-    alone = measure_disk(folder, _DISK_BYTES)
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+
+    def compute() -> None:
+        for _ in range(_NUM_PRODUCTS):
+            torch.nn.functional.gelu(left @ right)
+
+    alone = measure_disk(folder, _DISK_BYTES, beside=compute)
     small_bytes = 8192
     small = measure_disk(folder, 64 * small_bytes, block_bytes=small_bytes // 2, depth=1)
     latency_s = small_bytes * (1 / small.read_bytes_per_s - 1 / alone.read_bytes_per_s)
-    return DiskFigures(alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s, max(0.0, latency_s))
+    speeds = alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s
+    return DiskFigures(*speeds, max(0.0, latency_s), (alone.slowdown - 1) / 2)
 
 
 def _fault_seconds() -> float:

@@ -101,15 +101,15 @@ class Costs:
             case Kind.F | Kind.B | Kind.I | Kind.W | Kind.R:
                 return self._compute(instruction), {"cores": 1.0}
             case Kind.READ | Kind.WRITE | Kind.SAVE | Kind.LOAD if instruction.lane in (Lane.READ, Lane.WRITE):
-                return self._transfer(instruction), {"disk": float(self.ranks_here)} if instruction.num_bytes else {}
+                return self._transfer(instruction), self._transfer_shares(instruction)
             case Kind.UP | Kind.DOWN | Kind.SAVE | Kind.LOAD:
                 return instruction.num_bytes / self.hardware.copy_bytes_per_s, {"memory": 1.0}
             case Kind.GATHER | Kind.REDUCE if c is not None:
                 return self._exchange(kind, c, instruction.num_bytes)
             case Kind.STEP if c is not None:
-                return self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0}
+                return self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0, "cores": 1.0}
             case Kind.NORM:
-                return self._norm(), {"memory": 1.0}
+                return self._norm(), {"memory": 1.0, "cores": 1.0}
             case _:
                 return 0.0, {}
 
@@ -149,6 +149,12 @@ class Costs:
         copied = instruction.num_bytes / self.hardware.copy_bytes_per_s
         is_copied = instruction.action.kind is Kind.SAVE
         return disk.latency_s + instruction.num_bytes / speed + is_copied * copied
+
+    def _transfer_shares(self, instruction: Instruction) -> dict[str, float]:
+        disk = self.hardware.disk
+        if disk is None or not instruction.num_bytes:
+            return {}
+        return {"disk": float(self.ranks_here), "cores": disk.cores_share * self.ranks_here}
 
     def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> tuple[float, dict[str, float]]:
         net = self.hardware.net

@@ -17,6 +17,8 @@ class DiskFigures:
         read_bytes_per_s, write_bytes_per_s: each alone.
         both_bytes_per_s: of the two together, as many bytes read as written at the same time.
         latency_s: what a transfer takes beside its bytes.
+        cores_share: of what all threads compute with, the part that a lane takes while it moves bytes: checksums, and
+            the kernel's work for a request.
 
     Raises:
         ValueError: a bandwidth that is not positive, or a negative latency.
@@ -26,14 +28,15 @@ class DiskFigures:
     write_bytes_per_s: float
     both_bytes_per_s: float
     latency_s: float
+    cores_share: float
 
     def __post_init__(self) -> None:
-        _check_positive(self, "latency_s")
+        _check_positive(self, "latency_s", "cores_share")
 
     def scaled(self, factor: float) -> "DiskFigures":
         """A disk of so many times the bandwidth."""
         read, write, both = (factor * n for n in (self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s))
-        return DiskFigures(read, write, both, self.latency_s)
+        return DiskFigures(read, write, both, self.latency_s, self.cores_share)
 
     @property
     def both_capacity(self) -> float:

@@ -33,7 +33,8 @@ from .twin import Shapes
 
 __all__ = ["measure_seconds"]
 
-_ROUNDS = 3
+_ROUNDS, _MOST_ROUNDS = 3, 30
+_LEAST_S = 0.25
 
 
 def measure_seconds(
@@ -211,9 +212,10 @@ def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
 def _median_of(
     run: Callable[[], Any], inputs: Sequence[Any], parameters: Sequence[nn.Parameter]
 ) -> tuple[float, float]:
-    """Forward and backward seconds."""
+    """Forward and backward seconds: of short ones more are looked at, since a machine changes its speed meanwhile."""
     forwards, backwards = [], []
-    for number in range(_ROUNDS + 1):
+    is_first, spent_s = True, 0.0
+    while len(forwards) < _ROUNDS or (spent_s < _LEAST_S and len(forwards) < _MOST_ROUNDS):
         for tensor in (*inputs, *parameters):
             if isinstance(tensor, torch.Tensor):
                 tensor.grad = None
@@ -225,7 +227,10 @@ def _median_of(
         began_s = time.perf_counter()
         if outputs:
             torch.autograd.backward(outputs, gradients)
-        if number:  # the first one pays for what libraries set up
+        backward_s = time.perf_counter() - began_s if outputs else 0.0
+        if not is_first:  # the first one pays for what libraries set up
             forwards.append(forward_s)
-            backwards.append(time.perf_counter() - began_s if outputs else 0.0)
+            backwards.append(backward_s)
+            spent_s += forward_s + backward_s
+        is_first = False
     return statistics.median(forwards), statistics.median(backwards)

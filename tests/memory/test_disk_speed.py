@@ -1,5 +1,6 @@
 """The measurement: it moves what it says through the lanes of training, and leaves nothing behind."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,27 @@ def test_it_says_what_it_measured_and_cleans_up(tmp_path: Path, monkeypatch: pyt
     assert speed.write_bytes_per_s > 0
     assert speed.both_bytes_per_s > 0
     assert (speed.num_bytes, speed.block_bytes, speed.depth) == (3 << 20, 64 << 10, 2)
+    assert speed.slowdown == 1.0  # of nothing
     half = 3 << 19
     assert moved == [(2 * (3 << 20) + half, (3 << 20) + half, 3)]  # the first pass of writes is not timed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_work_is_timed_alone_and_while_bytes_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(disk_speed.time, "perf_counter", lambda: now_s)
+
+    def work() -> None:  # on a clock of its own: three seconds alone, six while a lane moves bytes
+        nonlocal now_s
+        now_s += 6 if any(each.name == "measure-disk" for each in threading.enumerate()) else 3
+
+    def moving() -> None: ...
+
+    assert disk_speed._slowdown(work, moving) == 2.0
+    assert not any(each.name == "measure-disk" for each in threading.enumerate())
+    monkeypatch.undo()
+    speed = measure_disk(tmp_path, num_bytes=3 << 20, block_bytes=64 << 10, depth=2, beside=lambda: None)
+    assert speed.slowdown >= 1.0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,11 +10,11 @@ from outgrow.scheduler.cost import Costs, TimeProfile, UnitSeconds
 from outgrow.scheduler.hardware import DiskFigures, Hardware, NetFigures
 from outgrow.scheduler.passes import compile_program
 from outgrow.scheduler.plan import Activations, Plan
-from outgrow.scheduler.program import Instruction, Lane
+from outgrow.scheduler.program import Instruction, Lane, Program
 from outgrow.scheduler.simulate import simulate
 
 TWO = chain((0,), (1,))
-DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125)
+DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125, 0.25)
 NET = NetFigures(8 * PAGE, 0.25, 4 * PAGE, 0.5)
 MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.0, DISK, NET)
 PROFILE = TimeProfile((UnitSeconds(1.0, 2.0, 0.5, 0.75), UnitSeconds(4.0, 8.0, 3.0, 3.5)), 0.5, 0.25)
@@ -86,6 +86,17 @@ def test_reads_and_writes_slow_each_other_as_it_was_measured() -> None:
     free = replace(DISK, both_bytes_per_s=6 * PAGE)
     apart = replace(costs, hardware=replace(MACHINE, disk=free))
     assert simulate(program, costs, costs.capacity).seconds > simulate(program, apart, apart.capacity).seconds
+
+
+def test_a_lane_that_moves_bytes_takes_its_part_of_the_cores() -> None:
+    costs = Costs(TWO, plan_of(TWO), PROFILE, MACHINE, (1, 1))
+    reading = Instruction(Action.parse("READ c0:param"), Lane.READ, (), PAGE)
+    assert costs(reading).shares == {"disk": 1.0, "cores": 0.25}
+    assert costs(replace(reading, num_bytes=0)).shares == {}
+    computing = Instruction(Action.parse("F0.0"), Lane.COMPUTE, ())
+    apart_s = [costs(each).seconds for each in (computing, reading)]
+    both_s = simulate(Program((computing, reading)), costs, costs.capacity).seconds
+    assert both_s == pytest.approx(1.25 * min(apart_s) + max(apart_s) - min(apart_s))
 
 
 def test_figures_of_a_machine_round_trip_and_are_checked() -> None:
