@@ -11,7 +11,7 @@ RANKS := $(filter-out $(RAY),$(wildcard tests/test_*_ranks.py))
 WHOLE := $(filter-out $(RAY) $(RANKS),$(wildcard tests/test_*.py))
 RUNTIME := tests/runtime
 OTHERS := $(filter-out tests/runtime/,$(sort $(dir $(wildcard tests/*/test_*.py))))
-PARTS := RANKS RUNTIME WHOLE OTHERS RAY
+PARTS := RAY WHOLE RANKS OTHERS RUNTIME
 
 .PHONY: setup demo test lint format clean $(PARTS)
 

@@ -23,6 +23,7 @@ from enum import Enum
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -226,7 +227,12 @@ class ActivationStore:
             assert entry.storage is not None
             source = torch.empty(0, dtype=torch.uint8, device=entry.storage.device)
             source.set_(entry.storage, start, (stop - start,), (1,))
-            staging[position : position + stop - start].copy_(source, non_blocking=True)
+            target = staging[position : position + stop - start]
+            if not source.is_cuda and not staging.is_cuda:
+                # By this thread alone: torch would take helpers from those that compute meanwhile.
+                np.copyto(target.numpy(), source.numpy())
+                continue
+            target.copy_(source, non_blocking=True)
             if source.is_cuda:
                 source.record_stream(torch.cuda.current_stream(source.device))
         with self._lock:
