@@ -146,15 +146,20 @@ class Costs:
         if not instruction.num_bytes:
             return 0.0  # it is there already
         speed = disk.read_bytes_per_s if instruction.lane is Lane.READ else disk.write_bytes_per_s
-        copied = instruction.num_bytes / self.hardware.copy_bytes_per_s
-        is_copied = instruction.action.kind is Kind.SAVE
-        return disk.latency_s + instruction.num_bytes / speed + is_copied * copied
+        return disk.latency_s + instruction.num_bytes / speed + self._copied_s(instruction)
 
     def _transfer_shares(self, instruction: Instruction) -> dict[str, float]:
+        """A copy before a write takes one thread whole; a kernel of all threads waits for the one that shares."""
         disk = self.hardware.disk
         if disk is None or not instruction.num_bytes:
             return {}
-        return {"disk": float(self.ranks_here), "cores": disk.cores_share * self.ranks_here}
+        copied_s = self._copied_s(instruction)
+        moved_s = self._transfer(instruction) - copied_s
+        share = (disk.cores_share * moved_s + copied_s) / (moved_s + copied_s)
+        return {"disk": float(self.ranks_here), "cores": share * self.ranks_here}
+
+    def _copied_s(self, instruction: Instruction) -> float:
+        return (instruction.action.kind is Kind.SAVE) * instruction.num_bytes / self.hardware.copy_bytes_per_s
 
     def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> tuple[float, dict[str, float]]:
         net = self.hardware.net

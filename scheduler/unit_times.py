@@ -34,7 +34,7 @@ from .twin import Shapes
 __all__ = ["measure_seconds"]
 
 _ROUNDS, _MOST_ROUNDS = 3, 30
-_LEAST_S = 0.25
+_LEAST_S = 0.5
 
 
 def measure_seconds(

@@ -93,6 +93,10 @@ def test_a_lane_that_moves_bytes_takes_its_part_of_the_cores() -> None:
     reading = Instruction(Action.parse("READ c0:param"), Lane.READ, (), PAGE)
     assert costs(reading).shares == {"disk": 1.0, "cores": 0.25}
     assert costs(replace(reading, num_bytes=0)).shares == {}
+    saving = costs(Instruction(Action.parse("SAVE a0.0"), Lane.WRITE, (), PAGE))
+    copied_s, written_s = 1 / 16, 0.125 + 1 / 2  # a copy takes a thread whole
+    assert saving.seconds == pytest.approx(copied_s + written_s + MACHINE.action_s)
+    assert saving.shares["cores"] == pytest.approx((copied_s + 0.25 * written_s) / (copied_s + written_s))
     computing = Instruction(Action.parse("F0.0"), Lane.COMPUTE, ())
     apart_s = [costs(each).seconds for each in (computing, reading)]
     both_s = simulate(Program((computing, reading)), costs, costs.capacity).seconds
