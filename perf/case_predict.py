@@ -66,6 +66,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
                     share = _SHARES[number % len(_SHARES)]
                     say(f"{model} on {num_ranks} ranks, plan {number + 1}")
                     tried.append(_try(model, num_ranks, plan, share, folder, options))
+                    say(_line(tried[-1]))
     return Findings(_figures(tried), tuple(_line(each) for each in tried))
 
 
