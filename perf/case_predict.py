@@ -62,10 +62,11 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
                 found = _ask(_contestant("space", model, num_ranks, folder, builder="space"), "space", say)[0]
                 assert isinstance(found, Space)
                 dice = random.Random(f"{model} {num_ranks}")
-                for number, plan in enumerate(dice.sample(found.plans, _PLANS_OF_EACH)):
+                plans = list(zip(found.plans, found.peaks_bytes, strict=True))
+                for number, (plan, peak_bytes) in enumerate(dice.sample(plans, _PLANS_OF_EACH)):
                     share = _SHARES[number % len(_SHARES)]
                     say(f"{model} on {num_ranks} ranks, plan {number + 1}")
-                    tried.append(_try(model, num_ranks, plan, share, folder, options))
+                    tried.append(_try(model, num_ranks, plan, peak_bytes, share, folder, options))
                     say(_line(tried[-1]))
     return Findings(_figures(tried), tuple(_line(each) for each in tried))
 
@@ -80,8 +81,11 @@ def _ask(contestant: Contestant, method: str, say: Callable[[str], None]) -> lis
         return group.ask(contestant.name, method)
 
 
-def _try(model: str, num_ranks: int, plan: str, share: float | None, folder: str, options: Options) -> _Tried:
-    contestant = _contestant("plan", model, num_ranks, folder, builder="engine", plan=plan, share=share)
+def _try(
+    model: str, num_ranks: int, plan: str, peak_bytes: int, share: float | None, folder: str, options: Options
+) -> _Tried:
+    budget = None if share is None else int(share * peak_bytes)
+    contestant = _contestant("plan", model, num_ranks, folder, builder="engine", plan=plan, budget_bytes=budget)
     with Group([contestant]) as group:
         outlooks = group.ask("plan", "outlook")
         steps = [group.ask("plan", "step", index) for index in range(options.num_warmup + options.num_rounds)]

@@ -4,7 +4,6 @@ Owns what a plan is called, the space of plans that is measured in full, and how
 what is made of the answers.
 """
 
-import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from functools import partial
 
 import torch
 
-from ..memory.allocator import return_freed_blocks
+from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory
 from ..runtime.engine import Engine
 from ..scheduler.assessment import describe, offloaded
@@ -67,8 +66,7 @@ class PlanMember:
 
     Args:
         plan: as JSON; None: the engine's own choice.
-        share: of the bytes that the plan takes as predicted, the budget; None: a budget that is ample.
-        budget_bytes: instead of a share.
+        budget_bytes: of the process; None: an ample one.
         predicts: measure units and machine first.
     """
 
@@ -78,7 +76,6 @@ class PlanMember:
         model: str,
         folder: str,
         plan: str | None,
-        share: float | None,
         budget_bytes: int | None,
         predicts: bool,
     ) -> None:
@@ -99,17 +96,8 @@ class PlanMember:
             example=batch(0),
             predict=predicts,
         )
-        if share is not None:
-            from ..runtime.plan_only import PlannedEngine
-
-            words = {**make.keywords, "predict": False}
-            look = PlannedEngine(exhibit.build(), memory=Memory(host="1024GiB", disk=folder), **words)
-            assert look.predicted is not None
-            budget_bytes = int(share * look.predicted.peak_bytes)
-            look.close()
-            del look  # or its model would count as the process's
-            gc.collect()
-            return_freed_blocks()
+        if budget_bytes is not None:
+            return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
         self._batch = batch
         began_s = time.perf_counter()
         self._engine = make(exhibit.build(), memory=Memory(host=budget_bytes or "1024GiB", disk=folder))
@@ -190,12 +178,11 @@ def engine(
     model: str,
     folder: str,
     plan: str | None = None,
-    share: float | None = None,
     budget_bytes: int | None = None,
     predicts: bool = True,
 ) -> PlanMember:
     """See `PlanMember`."""
-    return PlanMember(rank, model, folder, plan, share, budget_bytes, predicts)
+    return PlanMember(rank, model, folder, plan, budget_bytes, predicts)
 
 
 def space(rank: Rank, model: str, folder: str) -> SpaceMember:

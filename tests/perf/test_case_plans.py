@@ -51,7 +51,7 @@ def test_the_space_is_whole_and_a_plan_of_it_runs(tmp_path: Path, monkeypatch: p
     found = space(Rank(0, 1), "tiny", str(tmp_path)).space()
     assert len(set(found.plans)) == 36 == len(found.peaks_bytes)
     assert {Plan.from_json(text).uses_disk for text in found.plans} == {False, True}
-    member = engine(Rank(0, 1), "tiny", str(tmp_path), found.plans[-1], share=1.2)
+    member = engine(Rank(0, 1), "tiny", str(tmp_path), found.plans[-1], budget_bytes=2 * max(found.peaks_bytes))
     try:
         said = member.outlook()
         assert said.words.startswith("parameters and optimizer on disk")
