@@ -260,8 +260,7 @@ class Engine(PreparedEngine):
 
     def _leave_turn(self, micro_batch: int) -> None:
         self.state.stash_gradients(self._held, micro_batch)
-        if not self._is_ample:
-            release_kernel_buffers()  # else each micro-batch's thread would keep its own
+        release_kernel_buffers()  # else each micro-batch's thread would keep its own
 
     def _recover(self) -> None:
         """After a failed step: as if it had not been."""
