@@ -57,10 +57,10 @@ def measure_disk(
     training, and remove them.
 
     The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
+    Takes memory for 12 * depth blocks. Raises what `DiskStore` raises.
+
     Args:
         beside: other work, which is timed alone and while both lanes move bytes.
-
-    Takes memory for 12 * depth blocks. Raises what `DiskStore` raises.
     """
     extent_bytes = 2 * depth * block_bytes
     names = [f"c{index}:param" for index in range(max(_RING, -(-num_bytes // extent_bytes)))]

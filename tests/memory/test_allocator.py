@@ -90,6 +90,10 @@ def test_a_thread_may_have_a_heap_of_its_own() -> None:
     assert run(_THREADS) == [[1, 1, 2, 0]]
 
 
+def test_where_freed_blocks_are_kept_all_threads_have_one_heap() -> None:
+    assert run("keep_freed_blocks()\n" + _THREADS) == [[1, 1, 1, 1]]
+
+
 def test_where_blocks_cannot_be_kept_nothing_is_asked(monkeypatch) -> None:
     monkeypatch.setattr("outgrow.memory.allocator.keep_freed_blocks", lambda: False)
     heap = StepHeap(1, 0)
