@@ -150,6 +150,8 @@ class SpaceMember:
             )
 
         base = look(None)
+        assert base.predicted is not None
+        process_bytes = base.predicted.parts["process"]  # later ones find what earlier ones have left
         num_units = len(base.unit_names)
         variants = _variants(base.plan, num_units)
         base.close()
@@ -157,7 +159,7 @@ class SpaceMember:
             found = look(plan)
             assert found.predicted is not None
             plans.append(plan.to_json())
-            peaks.append(found.predicted.peak_bytes)
+            peaks.append(found.predicted.peak_bytes - found.predicted.parts["process"] + process_bytes)
             found.close()
         return Space(tuple(plans), tuple(peaks))
 
