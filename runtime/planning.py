@@ -22,18 +22,17 @@ from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
 from ..parallel.units import Unit
 from ..scheduler.assessment import Assessment, Budgets, Open, describe, refusal
-from ..scheduler.cost import Costs, TimeProfile
 from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import choose
 from ..scheduler.ledger import HostFigures, Ledger, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
-from ..scheduler.pieces import choose_for_units, without_faults
+from ..scheduler.pieces import choose_for_units
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
 from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import Program, StepShape
 from ..scheduler.search import Candidate, search
-from ..scheduler.simulate import Simulated, simulate
+from ..scheduler.simulate import Simulated
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
@@ -43,6 +42,7 @@ from .host_figures import RankState, host_figures, process_bytes
 from .offload import optim_layouts
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
+from .plan_seconds import simulated
 from .profiling import NotProfiled, Profiled, Profiler
 from .step_shape import step_shape
 
@@ -146,9 +146,8 @@ class _Planning:
         self._assessed: dict[Plan, Assessment] = {}  # the last ones: searches with other budgets come to the same plans
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
-        several, clips = plan.micro_batches > 1, plan.clips_gradients
+        several, clips, is_ample = plan.micro_batches > 1, plan.clips_gradients, self.planner.is_ample
         open_ = replace(open_, order=open_.order and several, update=open_.update and not clips)
-        is_ample = self.planner.is_ample
         is_asked = predicts or explores
         if Activations.OFFLOAD_DISK in plan.activations or is_asked or not is_ample:
             self.memory = self._memory_profile()
@@ -162,9 +161,21 @@ class _Planning:
             found = self.assess(plan)
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
                 note = self._measure_seconds(keeps_freed=True) if predicts else ""
-                return self._planned(_Decided(plan, open_, found, (), note), explores)
+                found, fates = self._among_ample(found, open_)
+                return self._planned(_Decided(plan, open_, found, fates, note), explores)
         return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
         return self._planned(self._tight(plan, open_, predicts), explores)
+
+    def _among_ample(self, found: Assessment, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
+        """Of the plans that keep everything in memory, and freed blocks too: how ranks share the state."""
+        if self.profiled is None or not open_.zero:
+            return found, ()
+        budgets = self.budgets
+        self.budgets = replace(budgets, host=int(budgets.host * _AMPLE))
+        try:
+            return self._decide(found.plan, Open(False, False, False, False, disk=False, zero=True))
+        finally:
+            self.budgets = budgets
 
     def _planned(self, decided: "_Decided", explores: bool) -> Planned:
         found = decided.found
@@ -323,31 +334,9 @@ class _Planning:
     def simulated(self, found: Assessment) -> Simulated:
         """A step of it."""
         assert self.profiled is not None
-        plan, transport = found.plan, self.transport
-        num_elems = [
-            layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1) * layout.trainable
-            for layout, decision in zip(self.planner.layouts, plan.chunks, strict=True)
-        ]
-        is_here = transport is not None and transport.name == "shared-memory"
-        costs = Costs(
-            self.shape_of(plan),
-            plan,
-            self._times(plan),
-            self.profiled.hardware,
-            num_elems,
-            shares_parameters=is_here,
-            ranks_here=transport.size if transport is not None and is_here else 1,
+        return simulated(
+            found, self.shape_of(found.plan), self.planner.layouts, self.profiled, self.memory, self.transport
         )
-        return simulate(found.program, costs, costs.capacity)
-
-    def _times(self, plan: Plan) -> TimeProfile:
-        """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults."""
-        assert self.profiled is not None
-        times = self.profiled.times
-        if not plan.keeps_freed:
-            return times
-        assert self.memory is not None
-        return without_faults(times, self.memory, self.profiled.hardware.fault_s_per_byte)
 
     def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
         """One plan for all ranks: rank 0 looks, and says what it found."""

@@ -31,6 +31,7 @@ class Open:
 
     Attributes:
         disk: whether homes on disk are among the choices.
+        zero: what ranks share of the state, and how long its copies live.
         may_adapt: whether prefetch and spare memory may be used as the budgets allow; not where a whole plan was given.
     """
 
@@ -39,11 +40,12 @@ class Open:
     order: bool
     update: bool
     disk: bool = True
+    zero: bool = False
     may_adapt: bool = True
 
     @property
     def is_any(self) -> bool:
-        return self.homes or self.activations or self.order or self.update
+        return self.homes or self.activations or self.order or self.update or self.zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def describe(plan: Plan) -> str:
     num_selective = sum(word is Activations.SELECTIVE for word in plan.activations)
     num_moved = sum(word.is_offloaded for word in plan.activations)
     parts = [
+        *_layout(plan),
         _homes(plan),
         f"{num_recomputed} units recomputed"
         + (f", {num_selective} selectively" if num_selective else "")
@@ -125,6 +128,16 @@ def describe(plan: Plan) -> str:
     if plan.cache_bytes:
         parts.append(f"{format_bytes(plan.cache_bytes)} of parameters stay")
     return ", ".join(parts)
+
+
+def _layout(plan: Plan) -> list[str]:
+    """How ranks share the work; nothing on one."""
+    if plan.world_size == 1:
+        return []
+    kept = any(chunk.gathered_for is GatheredFor.PASS for chunk in plan.chunks)
+    return [
+        f"{plan.world_size} ranks with zero={plan.zero}" + (", copies kept from forward to backward" if kept else "")
+    ]
 
 
 def _homes(plan: Plan) -> str:

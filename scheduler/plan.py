@@ -6,7 +6,7 @@ program) nor how they are found.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "UpdateTime",
     "plan_for_zero",
+    "with_zero",
 ]
 
 
@@ -316,9 +317,21 @@ def plan_for_zero(
         raise ValueError(
             f"zero={zero!r}: the stages are 0 (replicate), 1 (shard optimizer), 2 (+ gradients), 3 (+ parameters)"
         )
-    decision = ChunkPlan(
-        gathered_for=GatheredFor.USE if zero == 3 else GatheredFor.STEP,
-        gradients_sharded=zero >= 2,
-        optimizer_sharded=zero >= 1,
+    plan = Plan(
+        world_size, zero, micro_batches, precision, clips_gradients, prefetch, tuple(ChunkPlan() for _ in chunks)
     )
-    return Plan(world_size, zero, micro_batches, precision, clips_gradients, prefetch, tuple(decision for _ in chunks))
+    return with_zero(plan, zero)
+
+
+def with_zero(plan: Plan, zero: int, gathered_for: GatheredFor = GatheredFor.USE) -> Plan:
+    """The plan with another ZeRO stage; homes and all else stay.
+
+    Args:
+        gathered_for: how long the copies of stage 3 live.
+    """
+    sharding: dict[str, Any] = {
+        "gathered_for": gathered_for if zero == 3 else GatheredFor.STEP,
+        "gradients_sharded": zero >= 2,
+        "optimizer_sharded": zero >= 1,
+    }
+    return replace(plan, zero=zero, chunks=tuple(replace(chunk, **sharding) for chunk in plan.chunks))

@@ -13,6 +13,8 @@ First everything that decides whether a plan fits, in all combinations:
 
 Then, for the fastest few residencies and orders, what decides how well they run:
 
+    zero           on several ranks: what of the state they share, and whether gathered copies live from forward to
+                   backward
     prefetch       0, 1, 2, 4 units ahead, with activations as each of them leaves room for
     update         after the backward pass, or inside it
     spare memory   chunks at home nearer, parameters that stay from use to use
@@ -26,7 +28,7 @@ from dataclasses import dataclass, replace
 from ..memory.budget import format_bytes
 from .assessment import Assessment, Budgets, Open, refusal
 from .fit import homes_of
-from .plan import Activations, MicroBatchOrder, Plan, UpdateTime
+from .plan import Activations, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime, with_zero
 from .program import Lane
 from .spare import cache_more, keep_more_nearer
 
@@ -86,7 +88,8 @@ def search(
     activations: Policies = lambda plan, room_bytes: None,
     device_bytes: int | None = None,
 ) -> Found:
-    """The fastest plan that fits; of those that are alike within 2%, the one that moves the fewest bytes.
+    """The fastest plan that fits; of those that are alike within 2%, the one that moves the fewest bytes, and of these
+    the one whose ranks share most.
 
     Args:
         plan: with everything that is fixed.
@@ -105,6 +108,9 @@ def search(
         _settle_somehow(base, open_, num_units, looked, activations)
     if not looked.seconds:
         raise refusal(looked.leanest(), open_, budgets)
+    for base in looked.fastest_bases():
+        for shared in _shared(base, open_):
+            _settle(shared, open_, num_units, looked)
     for base in looked.fastest_bases():
         if base.uses_disk or base.world_size > 1 or not base.unified:
             for ahead in sorted({*_PREFETCH, plan.prefetch} - {base.prefetch}):
@@ -145,11 +151,12 @@ class _Looked:
 
     def best(self) -> Plan:
         """Of those that no prediction can tell from the fastest, the one that moves the fewest bytes between tiers:
-        what is not moved cannot be late."""
+        what is not moved cannot be late. Of equal ones, the one that leaves most memory to spare: whose ranks share
+        most."""
         ranked = self.ranked()
         fastest_s = self.seconds[ranked[0]]
         near = [plan for plan in ranked if self.seconds[plan] <= fastest_s + max(_ALIKE * fastest_s, _ALIKE_S)]
-        return min(near, key=self._moved_bytes)
+        return min(near, key=lambda plan: (self._moved_bytes(plan), -plan.zero))
 
     def _moved_bytes(self, plan: Plan) -> int:
         lanes = (Lane.READ, Lane.WRITE, Lane.H2D, Lane.D2H)
@@ -190,8 +197,9 @@ class _Looked:
         ratio = self.seconds[plan] / self.seconds[best]
         if ratio >= 1:
             return f"slower by {100 * (ratio - 1):.0f}%"
-        more = format_bytes(self._moved_bytes(plan) - self._moved_bytes(best))
-        return f"faster by {100 * (1 - ratio):.1f}%, moves {more} more"
+        more = self._moved_bytes(plan) - self._moved_bytes(best)
+        why = f"moves {format_bytes(more)} more" if more else "no more than a prediction can tell"
+        return f"faster by {100 * (1 - ratio):.1f}%, {why}"
 
 
 def _bases(plan: Plan, open_: Open) -> Iterator[Plan]:
@@ -204,6 +212,17 @@ def _bases(plan: Plan, open_: Open) -> Iterator[Plan]:
             if open_.update and not plan.clips_gradients:
                 base = replace(base, update=UpdateTime.BACKWARD if base.uses_disk else UpdateTime.AFTER)
             yield base
+
+
+def _shared(base: Plan, open_: Open) -> Iterator[Plan]:
+    """Other ways for ranks to share the state of a plan. Parameters on disk have no copy that could stay."""
+    if not open_.zero or base.world_size == 1 or any(chunk.parameter_home is Home.DISK for chunk in base.chunks):
+        return
+    for zero in range(4):
+        for gathered_for in (GatheredFor.USE, GatheredFor.PASS)[: 1 + (zero == 3)]:
+            other = with_zero(base, zero, gathered_for)
+            if other != base:
+                yield other
 
 
 def _settle_somehow(base: Plan, open_: Open, num_units: int, looked: _Looked, activations: Policies) -> None:

@@ -9,7 +9,17 @@ from outgrow.memory.errors import DoesNotFit
 from outgrow.parallel.actions import Action, Kind
 from outgrow.scheduler.assessment import Assessment, Open, describe
 from outgrow.scheduler.ledger import Ledger
-from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
+from outgrow.scheduler.plan import (
+    Activations,
+    ChunkPlan,
+    GatheredFor,
+    Home,
+    MicroBatchOrder,
+    Plan,
+    UpdateTime,
+    plan_for_zero,
+    with_zero,
+)
 from outgrow.scheduler.program import Buffer, Instruction, Lane, Program
 from outgrow.scheduler.search import Found, search
 
@@ -177,3 +187,44 @@ def test_a_plan_in_words() -> None:
     lean = replace(PLAN, chunks=(disk,) * 4, update=UpdateTime.BACKWARD, cache_bytes=1 << 20, micro_batches=1)
     words = "parameters and optimizer on disk, 0 units recomputed, updates in the backward pass, prefetch 1, "
     assert describe(lean) == words + "1.00 MiB of parameters stay"
+
+
+ON_RANKS = with_zero(replace(PLAN, world_size=4), 3)
+ZERO_ALONE = Open(homes=False, activations=False, order=False, update=False, zero=True)
+
+
+def shared(seconds: dict[int, float], budget: int = 2000, open_: Open = ZERO_ALONE) -> Found:
+    """A search on four ranks where ZeRO stages take these seconds, and 100 bytes less from each to the next."""
+
+    def of(plan: Plan) -> Assessment:
+        found = assess(plan)
+        size = found.ledger.peak_bytes + 100 * (3 - plan.zero)
+        return replace(found, ledger=Ledger(size, "B3.1", found.ledger.parts))
+
+    return search(ON_RANKS, open_, NUM_UNITS, budget, of, lambda found: seconds[found.plan.zero])
+
+
+def test_the_fastest_way_to_share_the_state_is_taken_and_all_have_a_fate() -> None:
+    result = shared({0: 3.0, 1: 2.0, 2: 1.0, 3: 1.5})
+    assert result.best.plan.zero == 2
+    assert result.best.plan.chunks == plan_for_zero([None] * NUM_UNITS, 2, 4).chunks  # pyright: ignore[reportArgumentType]
+    fates = {each.plan.zero: each.fate for each in reversed(result.candidates)}
+    assert fates == {2: "chosen", 3: "slower by 50%", 1: "slower by 100%", 0: "slower by 200%"}
+    copies = {each.plan.chunks[0].gathered_for for each in result.candidates if each.plan.zero == 3}
+    assert copies == {GatheredFor.USE, GatheredFor.PASS}
+
+
+def test_of_ways_to_share_that_are_alike_the_one_that_keeps_least_is_taken() -> None:
+    result = shared({0: 1.0, 1: 0.995, 2: 0.99, 3: 1.0})
+    assert result.best.plan.zero == 3
+    assert "faster by 1.0%, no more than a prediction can tell" in {each.fate for each in result.candidates}
+
+
+def test_a_way_to_share_that_does_not_fit_is_refused_and_one_that_is_given_stays() -> None:
+    least = assess(ON_RANKS).ledger.peak_bytes
+    result = shared({0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0}, least + 150)
+    assert result.best.plan.zero == 2
+    refused = {each.plan.zero for each in result.candidates if each.fate.startswith("refused")}
+    assert refused == {0, 1}
+    fixed = shared({0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0}, open_=NOTHING)
+    assert {each.plan.zero for each in fixed.candidates} == {3}

@@ -1,0 +1,272 @@
+"""The first batch of an engine: the order of units, the plan that fits, its program, the state where it has its home.
+
+Owns what can only be done once a batch is there. Does not own the constructor (`prepared.py`), the plan (`planning.py`)
+nor a step (`engine.py`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..memory.allocator import StepHeap
+from ..memory.budget import Memory
+from ..memory.chunk import ChunkLayout
+from ..memory.tiers import Tiers
+from ..parallel.actions import Action, Kind
+from ..parallel.mesh import Mesh
+from ..parallel.units import ROOT, Unit
+from ..scheduler.assessment import Open
+from ..scheduler.ledger import Ledger
+from ..scheduler.plan import Activations, Home, Plan
+from ..scheduler.prediction import Prediction
+from ..scheduler.program import Program
+from ..scheduler.trace import Phase, Trace, trace_model
+from .constraints import Constraints, offloaded
+from .disk_tier import DiskTier
+from .engine_checks import check_fit
+from .executor import Executor
+from .host_figures import RESERVE_BYTES
+from .model_state import ModelState
+from .moving import MovingActivations
+from .offload import optim_layouts
+from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
+from .optimizer import PiecewiseOptimizer
+from .passage import Passage
+from .planning import Planner
+from .recompute import Recomputed
+from .turns import Turns
+from .unit_hooks import UnitHooks
+
+if TYPE_CHECKING:
+    from ..parallel.collectives import Transport
+    from .filling import Filler
+    from .pipelining import Pipeline
+
+__all__ = ["FirstBatch"]
+
+
+class FirstBatch(ABC):
+    """The part of `Engine` that runs once a batch is there. What it works with is made by `PreparedEngine`."""
+
+    _explores = False
+
+    model: nn.Module
+    memory: Memory
+    plan: Plan
+    transport: "Transport | None"
+    lr_scheduler: Any
+    predicted: Ledger | None
+    predicted_device: Ledger | None
+    prediction: Prediction | None
+    prediction_note: str
+    _units: Sequence[Unit]
+    _mesh: Mesh
+    _layouts: Sequence[ChunkLayout]
+    _constraints: Constraints
+    _optimizer: PiecewiseOptimizer
+    _passage: Passage
+    _original_dtypes: Mapping[str, torch.dtype]
+    _tiers: Tiers | None
+    _tier: DiskTier | None
+    _state: ModelState | None
+    _pipeline: "Pipeline | None"
+    _executor: Executor
+    _turns: Turns
+    _hooks: UnitHooks
+    _moving: MovingActivations | None
+    _recomputed: list[Recomputed]
+    _trace: Trace | None
+    _program: Program | None
+    _heap: StepHeap | None
+    _held: tuple[int, ...]
+    _filler: "Filler | None"
+    _make_lr_scheduler: Callable[..., Any] | None
+    _clip_grad_norm: float | None
+    _run_name: str
+    _seed: int
+    _is_ample: bool
+    _is_given: bool
+    _predicts: bool
+    _has_budget: bool
+    _opens_zero: bool
+
+    @property
+    def state(self) -> ModelState:
+        """The model's state on this rank. Where it waits for the first batch to be planned: all of it on the farthest
+        tier."""
+        if self._state is None and self._pipeline is not None:
+            raise ValueError("the stages of a pipeline are known after the first step: ask then, or give example=")
+        if self._state is None:
+            if self._open.homes and not self._is_ample:
+                farthest = Home.HOST if self.memory.disk is None else Home.DISK
+                everything = tuple(offloaded(chunk, farthest, farthest) for chunk in self.plan.chunks)
+                self.plan = replace(self.plan, chunks=everything)
+            self._open_state()
+        assert self._state is not None
+        return self._state
+
+    def _open_state(self, make: Callable[..., ModelState] = ModelState) -> None:
+        """Put the model's state where the plan has its home."""
+        self._state, self._tier = open_state(
+            self.model,
+            self._layouts,
+            self.plan,
+            self._optimizer,
+            self.transport,
+            self._clip_grad_norm,
+            self._original_dtypes,
+            self.memory,
+            self._run_name,
+            fill_with(self._filler, self.model, self._units),
+            make,
+            self._tiers,
+            self._mesh.rank,
+        )
+        if self._make_lr_scheduler is not None:
+            self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
+        self._state.drop_all()
+
+    def _compile(self, micro: Sequence[Any]) -> None:
+        """Record the order of units, find the plan that fits, and compile its program, once."""
+        if self._program is not None:
+            return
+        part = next((part for part in micro if part is not None), None)
+        if part is None:
+            raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
+        if self._pipeline is not None:
+            self._compile_pipeline(self._pipeline, part)
+            return
+        self._choose(part)
+        self._carry_out()
+
+    def _choose(self, part: Any) -> None:
+        """The plan and its program, for a micro-batch."""
+        drops_copies = self._state is not None and self._state.drops_copies
+        with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
+            self._trace = self._record(part)
+            if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
+                self._hooks.remove()
+                self._units = (Unit(ROOT, self.model),)
+                self._hooks = self._install_hooks()
+                self._trace = self._record(part)
+        self._hooks.follow(self._trace)
+        planner = Planner(
+            self.model,
+            self._units,
+            self._layouts,
+            self._original_dtypes,
+            self._optimizer,
+            self.memory,
+            self._is_ample,
+            self.transport,
+            self._passage,
+            self._shapes,
+        )
+        open_ = self._open if self._state is None else replace(self._open, homes=False, update=False, zero=False)
+        planned = planner.plan(self.plan, open_, self._trace, part, self._predicts, self._explores)
+        self.prediction, self.prediction_note = planned.prediction, planned.note
+        self.plan, self._program, self._held = planned.plan, planned.program, planned.held
+        self.predicted, self.predicted_device = planned.ledger, planned.device
+
+    def _carry_out(self) -> None:
+        """Make what the program works with."""
+        assert self._program is not None
+        if self.plan.keeps_freed:
+            assert self.predicted is not None
+            self._heap = StepHeap(self.predicted.peak_bytes, RESERVE_BYTES // 2)  # no more than was predicted
+        if self._state is None:
+            self._open_state()
+        self.state.keep_between_steps(self._program.kept)
+        self._recomputed = recompute_units(self._units, self.plan)
+        if self._program.actions(Kind.SAVE):
+            if Activations.OFFLOAD_DISK in self.plan.activations:
+                self._tier = self._tier or open_tier(self.memory, self._run_name, self._mesh.rank, {}, self._tiers)
+            self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
+        lay_out(self._program, self._tier, self._tiers)
+
+    def _make_room(self, phase: Phase) -> None:
+        if self._heap is not None and self.predicted is not None:
+            self._heap.make_room(self.predicted.growth_bytes.get(phase, 0))
+
+    def _compile_pipeline(self, pipeline: "Pipeline", part: Any) -> None:
+        """The stages of this rank: choose them, take over their parameters, and let go of all others."""
+        from .stage_planning import limits_of
+        from .stage_state import StageState
+
+        self._trace = self._record(part)
+        self._hooks.follow(self._trace)
+        limits, budget, open_ = None, self.memory.host_bytes, self._constraints.open(self.memory)
+        if self._has_budget and budget is not None:
+            limits = limits_of(self.model, budget, open_, self._original_dtypes, self._optimizer.slots)
+        self.plan = pipeline.choose(self._trace, part, self.plan, limits, self.memory.disk is not None)
+        chosen = self.plan.pipeline
+        assert chosen is not None
+        dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
+        self._layouts, parts = pipeline.layouts(self._trace, chosen, part, dtypes)
+        decision = self.plan.chunks[0]
+        tied = replace(decision, parameter_home=Home.HOST)  # their gradients are summed behind their last use
+        chunks = tuple(tied if layout.index in parts.peers else decision for layout in self._layouts)
+        self.plan = replace(self.plan, chunks=chunks)
+        if not self._has_budget:
+            check_fit(self.model, self._layouts, self.plan, self.memory)
+        self._open_state(partial(StageState, parts))
+        self._recomputed = recompute_units(self._units, self.plan)
+        optims = optim_layouts(self._layouts, self.plan, self._optimizer.slots, self._original_dtypes)
+        shape = pipeline.open(
+            self._trace, self.plan, self._layouts, parts.peers, self._hooks, self._executor, part, optims
+        )
+        self._held = shape.held
+        self._program = pipeline.program(self.plan.micro_batches)
+        self.state.keep_between_steps(self._program.kept)
+        if self._program.actions(Kind.SAVE):
+            self._tier = self._tier or open_tier(self.memory, self._run_name, self._mesh.rank, {})
+            moving = open_moves(self._program, self.state, self._tier, shown=pipeline.passes.show)
+            self._moving = self._hooks.moving = pipeline.passes.moving = moving
+        lay_out(self._program, self._tier, None)
+
+    def _all_ranks(self, is_so: bool) -> bool:
+        """Whether it is so on every rank, which must go the same way."""
+        return is_so if self.transport is None else bool(self.transport.gather_rows([float(is_so)]).min())
+
+    @property
+    def _open(self) -> Open:
+        if self._is_given:
+            return Open(homes=False, activations=False, order=False, update=False, may_adapt=False)
+        # In ample memory stages differ in seconds alone, and nothing is chosen where these are not asked for.
+        zero = self._opens_zero and (self._predicts or not self._is_ample)
+        return replace(self._constraints.open(self.memory), zero=zero)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {item.name: (item.shape, layout.dtype) for layout in self._layouts for item in layout.fields}
+
+    def _record(self, part: Any) -> Trace:
+        return trace_model(self.model, self._units, self._passage.forward, part, self._shapes)
+
+    def _install_hooks(self) -> UnitHooks:
+        return UnitHooks(
+            self._units,
+            self._executor,
+            (self._seed, self._mesh.data_rank),
+            self._passage.input_dtype,
+            self._turns.advance_to,
+            self._make_room,
+        )
+
+    @abstractmethod
+    def _norm(self, action: Action) -> None:
+        """NORM, in a step."""
+
+    @abstractmethod
+    def _leave_turn(self, micro_batch: int) -> None:
+        """A micro-batch's turn ends, in a step."""
+
+    @abstractmethod
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """The model with all its weights in place."""
