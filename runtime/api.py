@@ -85,7 +85,7 @@ class Runtime:
         lr_scheduler: "Callable[[torch.optim.Optimizer], LRScheduler] | None" = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         shuffle: bool = False,
-        micro_batches: int = 1,
+        micro_batches: int | str = 1,
         steps: int = DEFAULT_STEPS,
         epochs: int | None = None,
         clip_grad_norm: float | None = None,
@@ -121,7 +121,7 @@ class Runtime:
             lr_scheduler: `f(optimizer)`, advanced after each step.
             batch_size: samples of a global batch, over all ranks and micro-batches.
             shuffle: seeded; the order is the same for any number of ranks.
-            micro_batches: gradient accumulation, per rank.
+            micro_batches: gradient accumulation, per rank; "auto": as many as is fastest within the budget.
             steps: updates; the data starts again when it ends.
             epochs: passes over the data, instead of `steps`.
             clip_grad_norm: the largest global gradient norm.

@@ -105,7 +105,8 @@ class TrainConfig:
     Attributes:
         batch_size: samples in a global batch, over all ranks and micro-batches.
         shuffle: draw the samples of each epoch in an order that depends on `seed` and epoch alone.
-        micro_batches: gradient accumulation; each rank cuts its part of the batch into so many.
+        micro_batches: gradient accumulation; each rank cuts its part of the batch into so many. "auto": as the planner
+            finds fastest, which decides how gradients round.
         steps: stop after so many updates (None where `epochs` rules).
         epochs: stop after so many passes over the data (None where `steps` rules).
         clip_grad_norm: the global gradient norm is scaled down to this; None leaves it.
@@ -125,7 +126,7 @@ class TrainConfig:
 
     batch_size: int = DEFAULT_BATCH_SIZE
     shuffle: bool = False
-    micro_batches: int = 1
+    micro_batches: int | str = 1
     steps: int | None = DEFAULT_STEPS
     epochs: int | None = None
     clip_grad_norm: float | None = None
@@ -144,7 +145,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_int("batch_size", self.batch_size, at_least=1, hint="it counts the samples of a global batch")
-        _check_int("micro_batches", self.micro_batches, at_least=1)
+        if self.micro_batches != "auto":
+            hint = "or 'auto' for as many as is fastest"
+            _check_int("micro_batches", self.micro_batches, at_least=1, hint=hint)
         _check_int("seed", self.seed, at_least=0)
         if not isinstance(self.shuffle, bool):
             raise ValueError(f"shuffle must be True or False, got {self.shuffle!r}")
@@ -246,8 +249,9 @@ class Job:
                 raise ValueError(f"callbacks must be outgrow.Callback objects, got {callback!r}")
 
 
-def check_batch_size(batch_size: int, num_ranks: int, micro_batches: int) -> None:
+def check_batch_size(batch_size: int, num_ranks: int, micro_batches: int | str) -> None:
     """Raise ValueError unless a full batch divides by ranks x micro-batches (a last, smaller one need not)."""
+    micro_batches = micro_batches if isinstance(micro_batches, int) else 1
     parts = num_ranks * micro_batches
     if batch_size % parts:
         below, above = batch_size // parts * parts, -(-batch_size // parts) * parts

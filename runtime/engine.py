@@ -43,10 +43,11 @@ class Engine(PreparedEngine):
         loss: f(output, target) -> mean over the samples it was given; None: the output itself, or its `.loss`.
         forward: f(model, batch) -> output, instead of the conventions for dicts, tuples and tensors.
         memory: the budget of this process; None: the share of the machine or cgroup that falls to a rank.
-        micro_batches: parts that a rank's batch is cut into, one after the other.
+        micro_batches: parts that a rank's batch is cut into, one after the other; "auto": as many as the first batch is
+            fastest with.
         clip_grad_norm: greatest global gradient norm, or None.
         precision: "float32" (as the model is) or "bf16" (float32 masters).
-        zero: 0..3; None: 3 on several ranks, else 0.
+        zero: 0..3; None: on several ranks the fastest that fits where `predict` is given or memory is tight, else 3.
         seed: of dropout and the like.
         units: names of the modules to schedule as units; None: found.
         transport: "shared-memory" or "gloo"; None: chosen by measurement.
@@ -96,14 +97,14 @@ class Engine(PreparedEngine):
         random_state = torch.get_rng_state()
         try:
             local = num_samples(batch)
-            micro = split_batch(batch, self.plan.micro_batches)
             counts = [float(local), float(num_tokens(batch) if local else 0)]
             if self.transport is not None:
                 counts = self.transport.gather_rows(counts).sum(dim=0).tolist()
             samples, tokens = int(counts[0]), int(counts[1])
             if samples == 0:
                 raise ValueError("a step needs at least one sample; no rank was given any")
-            self._compile(micro)
+            self._compile(batch)
+            micro = split_batch(batch, self.plan.micro_batches)
             if self._pipeline is not None:
                 self._begin_pipeline(self._pipeline, micro, samples)
             assert self._program is not None

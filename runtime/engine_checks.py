@@ -18,7 +18,7 @@ from .host_figures import process_bytes
 __all__ = ["check_arguments", "check_fit"]
 
 
-def check_arguments(model: nn.Module, micro_batches: int, clip_grad_norm: float | None) -> None:
+def check_arguments(model: nn.Module, micro_batches: int | str, clip_grad_norm: float | None) -> None:
     """Raise ValueError for arguments that cannot be, whatever the machine."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, it is {type(model).__name__}")
@@ -27,7 +27,7 @@ def check_arguments(model: nn.Module, micro_batches: int, clip_grad_norm: float 
             f"this {type(model).__name__} has no trainable parameter: every requires_grad is False, or none"
         )
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise ValueError(f"micro_batches={micro_batches!r}: a positive number")
+        raise ValueError(f"micro_batches={micro_batches!r}: a positive number, or 'auto'")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: a positive number, or None")
     places: dict[int, str] = {}

@@ -17,16 +17,19 @@ from torch import nn
 from ..memory.allocator import StepHeap
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
+from ..memory.errors import DoesNotFit
 from ..memory.tiers import Tiers
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import Mesh
 from ..parallel.units import ROOT, Unit
 from ..scheduler.assessment import Open
+from ..scheduler.counting import choose_count, possible_counts
 from ..scheduler.ledger import Ledger
-from ..scheduler.plan import Activations, Home, Plan
+from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
 from ..scheduler.prediction import Prediction
 from ..scheduler.program import Program
 from ..scheduler.trace import Phase, Trace, trace_model
+from .batch import num_samples, split_batch
 from .constraints import Constraints, offloaded
 from .disk_tier import DiskTier
 from .engine_checks import check_fit
@@ -38,6 +41,7 @@ from .offload import optim_layouts
 from .opening import fill_with, lay_out, open_moves, open_state, open_tier, recompute_units
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
+from .planned import Planned
 from .planning import Planner
 from .recompute import Recomputed
 from .turns import Turns
@@ -95,6 +99,7 @@ class FirstBatch(ABC):
     _predicts: bool
     _has_budget: bool
     _opens_zero: bool
+    _opens_count: bool
 
     @property
     def state(self) -> ModelState:
@@ -132,30 +137,59 @@ class FirstBatch(ABC):
             self.lr_scheduler = self._make_lr_scheduler(self._optimizer.optimizer)
         self._state.drop_all()
 
-    def _compile(self, micro: Sequence[Any]) -> None:
+    def _compile(self, batch: Any) -> None:
         """Record the order of units, find the plan that fits, and compile its program, once."""
         if self._program is not None:
             return
-        part = next((part for part in micro if part is not None), None)
-        if part is None:
+        if not num_samples(batch):
             raise ValueError("the first step's batch leaves a rank without samples: use a larger batch or fewer ranks")
         if self._pipeline is not None:
-            self._compile_pipeline(self._pipeline, part)
+            self._compile_pipeline(self._pipeline, split_batch(batch, self.plan.micro_batches)[0])
             return
-        self._choose(part)
+        self._choose(batch)
         self._carry_out()
 
-    def _choose(self, part: Any) -> None:
-        """The plan and its program, for a micro-batch."""
+    def _choose(self, batch: Any) -> None:
+        """The plan and its program."""
+        if self._opens_count:
+            planned = self._choose_count(batch)
+        else:
+            planned, self._trace = self._planned(batch, self.plan.micro_batches)
+        assert self._trace is not None
+        self._hooks.follow(self._trace)
+        self.prediction, self.prediction_note = planned.prediction, planned.note
+        self.plan, self._program, self._held = planned.plan, planned.program, planned.held
+        self.predicted, self.predicted_device = planned.ledger, planned.device
+
+    def _choose_count(self, batch: Any) -> Planned:
+        """The best plan of any number of micro-batches, with a fate for each number. Collective."""
+        by_unit = self.plan.order is MicroBatchOrder.BY_UNIT
+        counts = possible_counts(num_samples(batch), 2 if by_unit else 1)
+        if self.transport is not None:
+            counts = self.transport.broadcast_object(counts)
+        count, found = choose_count(
+            counts,
+            lambda count: self._planned(batch, count),
+            lambda looked: None if looked[0].prediction is None else looked[0].prediction.seconds,
+        )
+        chosen = found[count]
+        assert not isinstance(chosen, DoesNotFit)
+        planned, self._trace = chosen
+        others = [each if isinstance(each, DoesNotFit) else each[0] for other, each in found.items() if other != count]
+        return planned.beside(list(zip((each for each in found if each != count), others, strict=True)))
+
+    def _planned(self, batch: Any, count: int) -> tuple[Planned, Trace]:
+        """The plan for so many micro-batches, and the order of units in one of them. Collective."""
+        part = split_batch(batch, count)[0]
         drops_copies = self._state is not None and self._state.drops_copies
         with self.gathered() if drops_copies else nullcontext():  # in case the model has to run for real
-            self._trace = self._record(part)
-            if not self._trace.calls:  # the model uses its modules' weights, but never calls the modules
+            trace = self._record(part)
+            if not trace.calls:  # the model uses its modules' weights, but never calls the modules
                 self._hooks.remove()
                 self._units = (Unit(ROOT, self.model),)
                 self._hooks = self._install_hooks()
-                self._trace = self._record(part)
-        self._hooks.follow(self._trace)
+                trace = self._record(part)
+        self._hooks.follow(trace)
         planner = Planner(
             self.model,
             self._units,
@@ -169,10 +203,8 @@ class FirstBatch(ABC):
             self._shapes,
         )
         open_ = self._open if self._state is None else replace(self._open, homes=False, update=False, zero=False)
-        planned = planner.plan(self.plan, open_, self._trace, part, self._predicts, self._explores)
-        self.prediction, self.prediction_note = planned.prediction, planned.note
-        self.plan, self._program, self._held = planned.plan, planned.program, planned.held
-        self.predicted, self.predicted_device = planned.ledger, planned.device
+        plan = replace(self.plan, micro_batches=count)
+        return planner.plan(plan, open_, trace, part, self._predicts, self._explores), trace
 
     def _carry_out(self) -> None:
         """Make what the program works with."""

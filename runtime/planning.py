@@ -24,13 +24,13 @@ from ..parallel.units import Unit
 from ..scheduler.assessment import Assessment, Budgets, Open, describe, refusal
 from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import choose
-from ..scheduler.ledger import HostFigures, Ledger, host_ledger
+from ..scheduler.ledger import HostFigures, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
 from ..scheduler.pieces import choose_for_units
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
 from ..scheduler.prediction import Fate, Prediction
-from ..scheduler.program import Program, StepShape
+from ..scheduler.program import StepShape
 from ..scheduler.search import Candidate, search
 from ..scheduler.simulate import Simulated
 from ..scheduler.trace import Trace
@@ -43,38 +43,18 @@ from .offload import optim_layouts
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
 from .plan_seconds import simulated
+from .planned import Planned
 from .profiling import NotProfiled, Profiled, Profiler
 from .step_shape import step_shape
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
 
-__all__ = ["Planned", "Planner"]
+__all__ = ["Planner"]
 
 _NUM_ASSESSED = 128  # plans that are kept compiled: as many as one search looks at
 _AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What will be run.
-
-    Attributes:
-        held: chunks used outside of units.
-        ledger: the host's fullest moment as it was predicted; None where memory is ample and nothing was predicted.
-        device: likewise the device's, where it has memory of its own.
-        prediction: of a step's seconds; None where they were not measured.
-        note: why they were not, where they were to be.
-    """
-
-    plan: Plan
-    program: Program
-    held: tuple[int, ...]
-    ledger: Ledger | None
-    device: Ledger | None = None
-    prediction: Prediction | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)

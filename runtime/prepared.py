@@ -23,7 +23,7 @@ from ..scheduler.plan import Plan, plan_for_zero
 from ..scheduler.prediction import Prediction
 from ..scheduler.program import Program
 from ..scheduler.trace import Trace
-from .batch import Forward, Loss, split_batch
+from .batch import Forward, Loss
 from .constraints import Constraints
 from .disk_tier import DiskTier
 from .engine_checks import check_arguments, check_fit
@@ -61,7 +61,7 @@ class PreparedEngine(FirstBatch):
         loss: Loss | None = None,
         forward: Forward | None = None,
         memory: Memory | None = None,
-        micro_batches: int = 1,
+        micro_batches: int | str = 1,
         clip_grad_norm: float | None = None,
         precision: str = "float32",
         zero: int | None = None,
@@ -82,9 +82,17 @@ class PreparedEngine(FirstBatch):
         plan: Plan | None = None,
         predict: bool = False,
     ) -> None:
+        self._opens_count = micro_batches == "auto" and plan is None
+        if micro_batches == "auto":
+            micro_batches = 1 if plan is None else plan.micro_batches
         check_arguments(model, micro_batches, clip_grad_norm)
+        assert isinstance(micro_batches, int)
         words = PipelineWords(pipeline, schedule, chunks, stages)
         words.check(activations, order)
+        if pipeline > 1 and micro_batches == "auto":
+            raise ValueError(
+                "micro_batches='auto' and pipeline= cannot be together yet: give one of them a number, or leave it out"
+            )
         self.model = model
         dtypes = compute_dtypes(model, precision)
         self._units = find_units(model, units)
@@ -100,13 +108,13 @@ class PreparedEngine(FirstBatch):
         self._has_budget = memory is not None and memory.host is not None
         self.memory = (memory or Memory()).filled(self._mesh.num_ranks)
         self._constraints = Constraints(offload, activations, order, update)
-        self._constraints.check(self.memory, len(self._units), clips, micro_batches)
+        self._constraints.check(self.memory, len(self._units), clips, 2 if self._opens_count else micro_batches)
         base = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
         base = replace(base, unified=not self.memory.is_separate)
         if plan is not None:
             check_given(plan, base, len(self._units), self.memory, pipeline)
         self.plan: Plan = plan or self._constraints.applied(base, len(self._units))
-        self._is_given, self._predicts = plan is not None, predict
+        self._is_given, self._predicts = plan is not None, predict or self._opens_count
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
         self.transport = _transport(transport, self._mesh.data_group) if ranks > 1 else None
         dtype = torch.bfloat16 if precision == "bf16" else None
@@ -182,11 +190,11 @@ class PreparedEngine(FirstBatch):
             self._recovery.is_together = False
         open_ = self._open
         # The state has its home, and gradients their place, by these.
-        waits = open_.zero if self._is_ample else open_.homes or open_.update or open_.zero
+        waits = open_.zero or self._opens_count or (not self._is_ample and (open_.homes or open_.update))
         if self._pipeline is None and not waits:
             self._open_state()
         if example is not None:
-            self._compile(split_batch(example, micro_batches))
+            self._compile(example)
 
     @property
     def rank(self) -> int:

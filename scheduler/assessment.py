@@ -12,7 +12,7 @@ from .ledger import Ledger
 from .plan import Activations, ChunkPlan, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime
 from .program import Program
 
-__all__ = ["Assessment", "Budgets", "Open", "describe", "offloaded", "refusal"]
+__all__ = ["Assessment", "Budgets", "Open", "against", "describe", "offloaded", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,16 @@ class Budgets:
         return f"refused: {format_bytes(missing)} too much on the device at {found.device.where}"
 
 
+def against(seconds: float | None, best_s: float) -> str:
+    """The fate of a plan that fits, beside the chosen one."""
+    if seconds is None:
+        return "its seconds were not measured"
+    ratio = seconds / best_s
+    if ratio >= 1:
+        return f"slower by {100 * (ratio - 1):.0f}%"
+    return f"faster by {100 * (1 - ratio):.1f}%, no more than a prediction can tell"
+
+
 def offloaded(chunk: ChunkPlan, parameters: Home, slots: Home) -> ChunkPlan:
     """A chunk's decision with other homes. Parameters that go to disk have no gathered copy that stays."""
     if parameters is Home.DISK and chunk.optimizer_sharded and chunk.gathered_for is GatheredFor.STEP:
@@ -119,7 +129,7 @@ def describe(plan: Plan) -> str:
         + (f", {num_moved} offloaded" if num_moved else ""),
     ]
     if plan.micro_batches > 1:
-        parts.append(f"micro-batches {plan.order}")
+        parts.append(f"{plan.micro_batches} micro-batches {plan.order}")
     parts.append("updates in the backward pass" if plan.update is UpdateTime.BACKWARD else "updates after it")
     if plan.uses_disk or plan.world_size > 1:
         parts.append(f"prefetch {plan.prefetch}")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..memory.budget import format_bytes
-from .assessment import Assessment, Budgets, Open, refusal
+from .assessment import Assessment, Budgets, Open, against, refusal
 from .fit import homes_of
 from .plan import Activations, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime, with_zero
 from .program import Lane
@@ -112,7 +112,7 @@ def search(
         for shared in _shared(base, open_):
             _settle(shared, open_, num_units, looked)
     for base in looked.fastest_bases():
-        if base.uses_disk or base.world_size > 1 or not base.unified:
+        if base.uses_disk or any(chunk.parameters_sharded for chunk in base.chunks) or not base.unified:
             for ahead in sorted({*_PREFETCH, plan.prefetch} - {base.prefetch}):
                 _settle(replace(base, prefetch=ahead), open_, num_units, looked)
     for base in looked.fastest_bases():
@@ -194,12 +194,10 @@ class _Looked:
         return Found(self.all[best], tuple(candidates))
 
     def _fate(self, plan: Plan, best: Plan) -> str:
-        ratio = self.seconds[plan] / self.seconds[best]
-        if ratio >= 1:
-            return f"slower by {100 * (ratio - 1):.0f}%"
-        more = self._moved_bytes(plan) - self._moved_bytes(best)
-        why = f"moves {format_bytes(more)} more" if more else "no more than a prediction can tell"
-        return f"faster by {100 * (1 - ratio):.1f}%, {why}"
+        ratio, more = self.seconds[plan] / self.seconds[best], self._moved_bytes(plan) - self._moved_bytes(best)
+        if ratio < 1 and more:
+            return f"faster by {100 * (1 - ratio):.1f}%, moves {format_bytes(more)} more"
+        return against(self.seconds[plan], self.seconds[best])
 
 
 def _bases(plan: Plan, open_: Open) -> Iterator[Plan]:

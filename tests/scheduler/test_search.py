@@ -182,7 +182,7 @@ def test_a_device_with_memory_of_its_own_has_a_budget_of_its_own() -> None:
 
 
 def test_a_plan_in_words() -> None:
-    assert describe(PLAN) == "everything in memory, 0 units recomputed, micro-batches sequential, updates after it"
+    assert describe(PLAN) == "everything in memory, 0 units recomputed, 2 micro-batches sequential, updates after it"
     disk = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
     lean = replace(PLAN, chunks=(disk,) * 4, update=UpdateTime.BACKWARD, cache_bytes=1 << 20, micro_batches=1)
     words = "parameters and optimizer on disk, 0 units recomputed, updates in the backward pass, prefetch 1, "
