@@ -8,12 +8,13 @@ The buffers are placed in decreasing size, each into the tightest gap between th
 nothing is allocated then.
 """
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .direct_io import round_up
 
-__all__ = ["Lifetime", "meet", "most_alive_bytes", "place_buffers"]
+__all__ = ["Lifetime", "most_alive_bytes", "place_buffers"]
 
 Lifetime = tuple[int, int]
 """First and last position in a program, both included."""
@@ -23,7 +24,7 @@ Lifetime = tuple[int, int]
 class _Placed:
     start: int
     stop: int
-    lifetimes: Sequence[Lifetime]
+    taken: int
 
 
 def place_buffers(sizes: Mapping[str, int], lifetimes: Mapping[str, Sequence[Lifetime]]) -> tuple[dict[str, int], int]:
@@ -33,20 +34,22 @@ def place_buffers(sizes: Mapping[str, int], lifetimes: Mapping[str, Sequence[Lif
         sizes: buffer -> bytes.
         lifetimes: buffer -> when it is in use; it has the same offset every time.
     """
-    placed: dict[str, _Placed] = {}
+    starts: dict[str, int] = {}
+    placed: list[_Placed] = []  # by start
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        num_bytes = round_up(sizes[name])
-        others = sorted(
-            (other for other in placed.values() if meet(other.lifetimes, lifetimes[name])), key=lambda o: o.start
-        )
-        start = _tightest_gap(others, num_bytes)
-        placed[name] = _Placed(start, start + num_bytes, lifetimes[name])
-    return {name: place.start for name, place in placed.items()}, max((p.stop for p in placed.values()), default=0)
+        num_bytes, taken = round_up(sizes[name]), _taken(lifetimes[name])
+        start = _tightest_gap([other for other in placed if other.taken & taken], num_bytes)
+        insort(placed, _Placed(start, start + num_bytes, taken), key=lambda each: each.start)
+        starts[name] = start
+    return starts, max((each.stop for each in placed), default=0)
 
 
-def meet(first: Sequence[Lifetime], second: Sequence[Lifetime]) -> bool:
-    """Whether any two of the lifetimes have a position in common."""
-    return any(a <= d and c <= b for a, b in first for c, d in second)
+def _taken(lifetimes: Sequence[Lifetime]) -> int:
+    """A bit for each position at which a buffer is in use."""
+    bits = 0
+    for first, last in lifetimes:
+        bits |= ((1 << (last - first + 1)) - 1) << first
+    return bits
 
 
 def most_alive_bytes(sizes: Mapping[str, int], lifetimes: Mapping[str, Sequence[Lifetime]]) -> int:

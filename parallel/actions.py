@@ -56,6 +56,8 @@ class Kind(StrEnum):
     LOAD = "LOAD"  # and back
     DROP = "DROP"  # forget the gathered copy, or what a slot's buffer holds
 
+    __hash__ = str.__hash__  # an Enum's own is written in Python, and actions are looked up all the time
+
     @property
     def target(self) -> Target:
         return _TARGETS[self]
@@ -100,7 +102,7 @@ class Action:
     slot: str | None = None
 
     def __post_init__(self) -> None:
-        target = self.kind.target
+        target = _TARGETS[self.kind]
         if (self.index is None) != (target is Target.NOTHING):
             raise ValueError(f"{self.kind} takes {'no index' if target is Target.NOTHING else 'an index'}")
         if target is Target.NOTHING and self.micro_batch is not None:

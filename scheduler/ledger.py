@@ -85,6 +85,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         gradients = dict(figures.gradient_bytes)
     walk = ActivationWalk(levels, plan.keeps_freed)
     held: set[int] = set()
+    fixed_bytes, held_bytes = sum(fixed.values()), 0
     best = Ledger(0, "", {})
     sizes: list[tuple[int, int]] = []
     for position, instruction in enumerate(program.instructions):
@@ -93,6 +94,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         if action.kind in (Kind.F, Kind.B):
             if action.kind is Kind.B:
                 held |= _completed(action, shape)
+                held_bytes = sum(gradients.get(chunk, 0) for chunk in held)
             activations = walk.top(action) if plan.unified else 0
         elif action.kind is Kind.STEP:
             assert action.index is not None
@@ -100,17 +102,14 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             update = figures.update_bytes.get(action.index, 0)
         else:
             continue
-        parts = fixed | {
-            "gradients": fixed.get("gradients", 0) + sum(gradients.get(chunk, 0) for chunk in held),
-            "activations": activations,
-            "update": update,
-        }
-        total = sum(parts.values())
+        total = fixed_bytes + held_bytes + activations + update
         sizes.append((position, total))
         if total > best.peak_bytes:
-            best = Ledger(total, str(action), parts)
-        if action.kind is Kind.STEP and action.index is not None:
+            sums = {"gradients": fixed.get("gradients", 0) + held_bytes}
+            best = Ledger(total, str(action), fixed | sums | {"activations": activations, "update": update})
+        if action.kind is Kind.STEP and action.index is not None and action.index in held:
             held.discard(action.index)
+            held_bytes -= gradients.get(action.index, 0)
     growth = _growth(levels, profile, plan) if plan.keeps_freed else {}
     return replace(best, levels=tuple(sizes), growth_bytes=growth)
 

@@ -5,7 +5,7 @@ Owns lanes, resources and buffers of a program. Does not own what comes before w
 
 from collections.abc import Sequence
 
-from ..memory.arena import Lifetime, meet, place_buffers
+from ..memory.arena import Lifetime, place_buffers
 from ..memory.direct_io import round_up
 from ..parallel.actions import Action, Kind, Target
 from .moves import DEVICE_COPY, Item, MovedActions, gathers, item_bytes, needed_chunks
@@ -61,7 +61,8 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
                     lane = Lane.WRITE if action.kind is Kind.DROP else lane  # computing does not wait for the WRITE
             for buffer in filled:
                 for other in sharing.get(buffer, ()):
-                    after.update(users.get(other, {}).values())
+                    if other in users:
+                        after.update(users[other].values())
         for name in reads:
             reads_since.setdefault(name, []).append(position)
         for name in writes:
@@ -200,11 +201,16 @@ def _buffers(moved: MovedActions, shape: StepShape, plan: Plan) -> dict[str, Buf
 
 def _sharing(buffers: dict[str, Buffer]) -> dict[str, list[str]]:
     """Buffer -> those that have bytes in common with it, itself included."""
-    spans = {name: [(b.start_bytes, b.start_bytes + b.num_bytes - 1)] for name, b in buffers.items()}
-    return {
-        name: [o for o, other in buffers.items() if other.tier == buffer.tier and meet(spans[name], spans[o])]
-        for name, buffer in buffers.items()
-    }
+    found: dict[str, list[str]] = {name: [] for name in buffers}
+    for tier in ("host", "device"):
+        open_: list[Buffer] = []  # those that reach over the begin of the next
+        for buffer in sorted((b for b in buffers.values() if b.tier == tier), key=lambda b: b.start_bytes):
+            open_ = [other for other in open_ if other.start_bytes + other.num_bytes > buffer.start_bytes]
+            for other in (*open_, buffer):
+                found[other.name].append(buffer.name)
+            found[buffer.name] += [other.name for other in open_]
+            open_.append(buffer)
+    return found
 
 
 def _buffers_used(action: Action, shape: StepShape, plan: Plan, buffers: dict[str, Buffer]) -> list[str]:

@@ -7,6 +7,7 @@ really left (a caller adds staging buffers that outlive the action).
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 
 from .memory_profile import MemoryProfile, StorageLife
 from .storage_replay import PhaseMemory
@@ -64,16 +65,17 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
     if len(policies) != len(profile.units):
         raise ValueError(f"{len(policies)} policies for {len(profile.units)} unit runs")
     place = {phase: position for position, phase in enumerate(profile.order)}
-    begins, tops, summing, growths = [], [], [], []
-    for position, phase in enumerate(profile.order):
-        live = [_is_live(life, position, place, policies) for life in profile.storages]
-        base = sum(life.num_bytes for life, is_live in zip(profile.storages, live, strict=True) if is_live)
-        base += sum(
-            unit.kept_beside_bytes
-            for run, unit in enumerate(profile.units)
-            if policies[run] is Keeping.SELECTIVE and place["F", run] < position <= place.get(("B", run), -1)
-        )
-        begins.append(base)
+    spans = [_spans(life, place, policies) for life in profile.storages]
+    begin_bytes = _begin_bytes(profile, place, policies, spans)
+    brought_back: dict[int, int] = {}  # unit run -> what it saved and is not there at the begin of its backward
+    for life, whens in zip(profile.storages, spans, strict=True):
+        for run in set(life.saved_by):
+            position = place.get(("B", run))
+            is_live = any(first <= position <= last for first, last in whens) if position is not None else True
+            if not is_live and not (in_buffers and policies[run] is Keeping.OFFLOAD):
+                brought_back[run] = brought_back.get(run, 0) + life.num_bytes
+    tops, summing, growths = [], [], []
+    for base, phase in zip(begin_bytes, profile.order, strict=True):
         kind, run = phase
         memory = _memory(profile, phase)
         rise, summing_rise, growth = memory.peak_bytes, memory.summing_peak_bytes, memory.churn_bytes
@@ -84,11 +86,7 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
                 rise += profile.units[run].saved_bytes
             summing_rise = rise
         elif kind == "B":
-            back = sum(
-                life.num_bytes
-                for life, is_live in zip(profile.storages, live, strict=True)
-                if run in life.saved_by and not is_live and not (in_buffers and policies[run] is Keeping.OFFLOAD)
-            )
+            back = brought_back.get(run, 0)
             unit = profile.units[run]
             again = unit.recompute_peak_bytes if policies[run] is Keeping.RECOMPUTE else 0
             again = unit.selective_again_bytes if policies[run] is Keeping.SELECTIVE else again
@@ -101,7 +99,7 @@ def levels_under(profile: MemoryProfile, policies: Sequence[Keeping], in_buffers
         tops.append(base + rise)
         summing.append(base + summing_rise)
         growths.append(max(growth, summing_rise) if kind in ("F", "B") else growth)
-    return Levels(profile.order, tuple(begins), tuple(tops), tuple(summing), tuple(growths))
+    return Levels(profile.order, tuple(begin_bytes), tuple(tops), tuple(summing), tuple(growths))
 
 
 def peak_of(levels: Levels, actions: Iterable[tuple[str, int, int]]) -> tuple[int, tuple[str, int, int] | None]:
@@ -137,16 +135,43 @@ def _memory(profile: MemoryProfile, phase: Phase) -> PhaseMemory:
     return profile.before if kind == "before" else (profile.loss, profile.loss_backward)[run]
 
 
-def _is_live(life: StorageLife, position: int, place: dict[Phase, int], policies: Sequence[Keeping]) -> bool:
-    """Whether it is there at the begin of the phase at `position`."""
-    if place[life.made_in] >= position:
-        return False
-    if life.dropped_in is None or place[life.dropped_in] >= position:
-        return True
-    if life.saved_between and life.released_in is not None and place[life.released_in] >= position:
-        return True
+def _begin_bytes(
+    profile: MemoryProfile,
+    place: dict[Phase, int],
+    policies: Sequence[Keeping],
+    spans: Sequence[Sequence[tuple[int, int]]],
+) -> list[int]:
+    """What is live at the begin of each phase."""
+    changes = [0] * (len(profile.order) + 1)
+    for life, whens in zip(profile.storages, spans, strict=True):
+        for first, last in whens:
+            changes[first] += life.num_bytes
+            changes[last + 1] -= life.num_bytes
+    for run, unit in enumerate(profile.units):
+        first, last = place["F", run] + 1, place.get(("B", run), -1)
+        if policies[run] is Keeping.SELECTIVE and first <= last:
+            changes[first] += unit.kept_beside_bytes
+            changes[last + 1] -= unit.kept_beside_bytes
+    return list(accumulate(changes[:-1]))
+
+
+def _spans(life: StorageLife, place: dict[Phase, int], policies: Sequence[Keeping]) -> list[tuple[int, int]]:
+    """First and last positions of phases at whose begins it is there, apart from each other."""
+    made, end = place[life.made_in], len(place) - 1
+    if life.dropped_in is None:
+        return [(made + 1, end)] if made < end else []
+    whens = [(made + 1, place[life.dropped_in])]
+    if life.saved_between and life.released_in is not None:
+        whens.append((made + 1, place[life.released_in]))
     keepers = [run for run in life.saved_by if policies[run] is Keeping.KEEP]
     keepers += [run for run in life.passed_to if policies[run] in (Keeping.RECOMPUTE, Keeping.SELECTIVE)]
     if life.kept_by is not None and policies[life.kept_by] is Keeping.SELECTIVE:
         keepers.append(life.kept_by)
-    return any(place["F", run] < position <= place.get(("B", run), -1) for run in keepers)
+    whens += [(max(made, place["F", run]) + 1, place.get(("B", run), -1)) for run in keepers]
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(whens):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        elif first <= last:
+            merged.append((first, last))
+    return merged

@@ -146,16 +146,17 @@ class _Paging:
     draining: dict[Item, tuple[int, int]] = field(default_factory=dict)  # (where read, use after which it is free)
 
     def __post_init__(self) -> None:
+        self._bytes_of = {item: item_bytes(item, self.shape) for use in self.uses for item in use.items}
         self._uses_of: dict[Item, list[int]] = {}
         for number, use in enumerate(self.uses):
             for item in use.items:
                 self._uses_of.setdefault(item, []).append(number)
 
     def bytes_of(self, items: Sequence[Item]) -> int:
-        return sum(item_bytes(item, self.shape) for item in items)
+        return sum(self._bytes_of[item] for item in items)
 
     def taken_bytes(self) -> int:
-        return self.bytes_of(list(self.live)) + self.bytes_of(list(self.draining))
+        return self.bytes_of([*self.live, *self.draining])
 
     def next_use(self, item: Item, after: int) -> int:
         uses = self._uses_of[item]
@@ -240,7 +241,9 @@ def _page(
     lifetimes: Mapping[str, Sequence[Lifetime]],
 ) -> MovedActions:
     """Bring what `needs_of` says in time, in at least `cache_bytes` of the nearer tier."""
-    needs = [needs_of(action, shape, plan) for action in actions]
+    needs = _needs(actions, shape, plan, needs_of)
+    if not any(needs):
+        return MovedActions(list(actions), {name: sorted(spans) for name, spans in lifetimes.items()})
     uses: list[_Use] = []
     number_of: list[int] = []  # of the use that an action belongs to, or that comes before it
     for action, items in zip(actions, needs, strict=True):
@@ -263,6 +266,18 @@ def _page(
             for item in items:
                 paging.write(item, number + plan.prefetch)
     return paging.finished(lifetimes)
+
+
+def _needs(actions: Sequence[Action], shape: StepShape, plan: Plan, needs_of: Needs) -> list[tuple[Item, ...]]:
+    """What `needs_of` says of every action: the same for all micro-batches."""
+    known: dict[tuple[Kind, int | None, str | None], tuple[Item, ...]] = {}
+    needs: list[tuple[Item, ...]] = []
+    for action in actions:
+        key = action.kind, action.index, action.slot
+        if key not in known:
+            known[key] = needs_of(action, shape, plan)
+        needs.append(known[key])
+    return needs
 
 
 def _make_room(paging: _Paging, number: int, distance: int) -> None:
@@ -293,6 +308,7 @@ def _make_room(paging: _Paging, number: int, distance: int) -> None:
 
 def _least_bytes(uses: Sequence[_Use], shape: StepShape, plan: Plan) -> int:
     """What a use, the next `prefetch` ones and writes of those before it need."""
+    sizes = {item: item_bytes(item, shape) for use in uses for item in use.items}
     least = 0
     for number in range(len(uses)):
         near: set[Item] = set()
@@ -300,7 +316,7 @@ def _least_bytes(uses: Sequence[_Use], shape: StepShape, plan: Plan) -> int:
             near.update(use.items)
         for before in uses[max(0, number - plan.prefetch) : number]:
             near.update(before.items if before.is_update else ())
-        least = max(least, sum(item_bytes(item, shape) for item in near))
+        least = max(least, sum(sizes[item] for item in near))
     return least
 
 

@@ -126,9 +126,10 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     """
     complete_after: dict[int, list[int]] = {}  # position -> chunks
     at_end = [c for c, use in enumerate(shape.chunks) if use.trainable and shape.last_backward_of(c) is None]
+    complete_at = _complete_at(actions, shape)
     for chunk, use in enumerate(shape.chunks):
         if use.trainable and chunk not in at_end:
-            for position in _complete_at(actions, shape, chunk).values():
+            for position in complete_at.get(chunk, {}).values():
                 complete_after.setdefault(position, []).append(chunk)
     last_of = {action.micro_batch: position for position, action in enumerate(actions) if action.kind.is_compute}
     result: list[Action] = []
@@ -140,14 +141,15 @@ def add_reduces(actions: Sequence[Action], shape: StepShape) -> list[Action]:
     return result
 
 
-def _complete_at(actions: Sequence[Action], shape: StepShape, chunk: int) -> dict[int | None, int]:
-    """Micro-batch -> the position at which its gradients of a chunk are complete. In a pipeline, stages of one rank
-    that share the chunk come to theirs in any order."""
-    return {
-        action.micro_batch: position
-        for position, action in enumerate(actions)
-        if action.kind in _BACKWARD and action.index is not None and chunk in shape.uses(action.index)
-    }
+def _complete_at(actions: Sequence[Action], shape: StepShape) -> dict[int, dict[int | None, int]]:
+    """Chunk -> micro-batch -> the position at which its gradients of the chunk are complete. In a pipeline, stages of
+    one rank that share a chunk come to theirs in any order."""
+    found: dict[int, dict[int | None, int]] = {}
+    for position, action in enumerate(actions):
+        if action.kind in _BACKWARD and action.index is not None:
+            for chunk in shape.uses(action.index):
+                found.setdefault(chunk, {})[action.micro_batch] = position
+    return found
 
 
 def add_downs(actions: Sequence[Action], plan: Plan) -> list[Action]:
@@ -169,15 +171,20 @@ def add_updates(actions: Sequence[Action], shape: StepShape, update: UpdateTime 
         return [*actions, Action(Kind.NORM), *(Action(Kind.STEP, chunk) for chunk in trainable)]
     last: dict[int, int] = {}  # chunk -> position of the last action that adds to its gradients
     end = max((position for position, action in enumerate(actions) if action.kind.is_compute), default=0)
+    complete_at = _complete_at(actions, shape)
+    reduced_at = {action.index: position for position, action in enumerate(actions) if action.kind is Kind.REDUCE}
     for chunk in trainable:
-        reduces = [at for at, a in enumerate(actions) if a.kind is Kind.REDUCE and a.index == chunk]
-        last[chunk] = max([*reduces, *_complete_at(actions, shape, chunk).values()], default=end)
+        adds = [*complete_at.get(chunk, {}).values(), *([reduced_at[chunk]] if chunk in reduced_at else [])]
+        last[chunk] = max(adds, default=end)
         if shape.last_backward_of(chunk) is None:
             last[chunk] = max(last[chunk], end)
+    steps: dict[int, list[Action]] = {}
+    for chunk in trainable:
+        steps.setdefault(last[chunk], []).append(Action(Kind.STEP, chunk))
     result: list[Action] = []
     for position, action in enumerate(actions):
         result.append(action)
-        result += [Action(Kind.STEP, chunk) for chunk in trainable if last[chunk] == position]
+        result += steps.get(position, ())
     return [*result, Action(Kind.NORM)]
 
 

@@ -24,6 +24,8 @@ class Lane(StrEnum):
     READ = "read"
     WRITE = "write"
 
+    __hash__ = str.__hash__  # an Enum's own is written in Python, and instructions are looked up by it all the time
+
 
 @dataclass(frozen=True, slots=True)
 class UnitUse:
@@ -61,7 +63,7 @@ class ChunkUse:
     optim_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepShape:
     """The chain of unit runs of one micro-batch, and the chunks they use.
 
@@ -96,13 +98,23 @@ class StepShape:
 
     def uses(self, unit: int) -> tuple[int, ...]:
         """Chunks that unit run `unit` needs, those held for the whole micro-batch not counted."""
-        return tuple(chunk for chunk in self.units[unit].chunks if chunk not in self.held)
+        return self._uses[unit]
+
+    @cached_property
+    def _uses(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(chunk for chunk in unit.chunks if chunk not in self.held) for unit in self.units)
 
     def last_backward_of(self, chunk: int) -> int | None:
         """The unit run in whose backward the gradients of `chunk` become complete; None: at the end of the backward."""
-        if chunk in self.held:
-            return None
-        return min((i for i, unit in enumerate(self.units) if chunk in unit.chunks and unit.has_backward), default=None)
+        return self._last_backwards.get(chunk)
+
+    @cached_property
+    def _last_backwards(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for run, uses in enumerate(self._uses):
+            for chunk in uses if self.units[run].has_backward else ():
+                found.setdefault(chunk, run)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +166,8 @@ class Program:
 
     def __post_init__(self) -> None:
         for position, instruction in enumerate(self.instructions):
-            assert all(0 <= before < position for before in instruction.after), (
+            after = instruction.after
+            assert not after or (min(after) >= 0 and max(after) < position), (
                 f"{instruction.action} at {position} waits for {instruction.after}: dependencies must point backwards"
             )
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..memory.timeline import Span, Timeline
 from .program import Instruction, Program
 
-__all__ = ["Change", "Simulated", "Work", "play", "simulate"]
+__all__ = ["Change", "Simulated", "Work", "play", "simulate", "simulated_seconds"]
 
 _EPSILON_S = 1e-12
 
@@ -89,6 +89,16 @@ def simulate(
     return _Play(program.instructions, program.by_lane, works, capacity, changes or {}, begin_bytes or {}).run(rank)
 
 
+def simulated_seconds(
+    program: Program,
+    cost: Callable[[Instruction], Work],
+    capacity: Callable[[str, int], float] = lambda resource, num_users: 1.0,
+) -> float:
+    """`simulate(...).seconds`, without the record of how they came about: for those who look at many programs."""
+    works = [cost(instruction) for instruction in program.instructions]
+    return _Play(program.instructions, program.by_lane, works, capacity, {}, {}).seconds()
+
+
 def play(
     instructions: Sequence[Instruction],
     by_lane: Mapping[Any, Sequence[int]],
@@ -117,87 +127,112 @@ class _Play:
         changes: Mapping[int, Sequence[Change]],
         begin_bytes: Mapping[str, int],
     ) -> None:
-        self.instructions, self.by_lane, self.works = instructions, by_lane, works
+        self.instructions, self.by_lane = instructions, by_lane
         self.capacity, self.changes = capacity, changes
         self.now = 0.0
         self.next: dict[Hashable, int] = dict.fromkeys(by_lane, 0)  # place on the lane
         self.left: dict[Hashable, float] = {}  # lane -> seconds of its running instruction that are left, at full speed
-        self.began: dict[Hashable, float] = {}
         self.idle_since: dict[Hashable, float] = dict.fromkeys(by_lane, 0.0)
+        self.began: dict[int, float] = {}  # position -> when
         self.done: dict[int, float] = {}  # position -> when
-        self.spans: list[Span] = []
-        self.stalls: dict[str, dict[str, float]] = {str(lane): {} for lane in by_lane}
+        self.waited: list[tuple[Hashable, int, float]] = []  # lane, position, for how long
         self.held: dict[str, int] = dict(begin_bytes)
         self.history: dict[str, list[tuple[float, int]]] = {tier: [(0.0, size)] for tier, size in begin_bytes.items()}
+        self.work_s = [work.seconds for work in works]
+        self.num_awaited = [len(instruction.after) for instruction in instructions]
+        self.followers: list[list[int]] = [[] for _ in instructions]
+        for position, instruction in enumerate(instructions):
+            for before in instruction.after:
+                self.followers[before].append(position)
+        # What runs together goes at the same rates every time.
+        numbers: dict[tuple[tuple[str, float], ...], int] = {}
+        self.sharing = [numbers.setdefault(tuple(work.shares.items()), len(numbers)) for work in works]
+        self.shares = list(numbers)
+        self.known_rates: dict[tuple[int, ...], list[float]] = {}
+
+    def seconds(self) -> float:
+        """When the last instruction ends."""
+        self._play()
+        return max(self.done.values(), default=0.0)
 
     def run(self, rank: int) -> Simulated:
+        self._play()
+        lanes = {position: str(lane) for lane, order in self.by_lane.items() for position in order}
+        spans = [
+            Span(lanes[position], str(instruction.action), self.began[position], end_s, instruction.num_bytes)
+            for position, end_s in self.done.items()
+            for instruction in [self.instructions[position]]
+        ]
+        spans.sort(key=lambda span: (span.start_s, span.end_s))
+        stalls: dict[str, dict[str, float]] = {str(lane): {} for lane in self.by_lane}
+        for lane, position, waited_s in self.waited:
+            last = max(self.instructions[position].after, key=lambda before: (self.done[before], before))
+            name = str(self.instructions[last].action)
+            stalls[str(lane)][name] = stalls[str(lane)].get(name, 0.0) + waited_s
+        peaks = {tier: max(size for _, size in history) for tier, history in self.history.items()}
+        held = {tier: tuple(history) for tier, history in self.history.items()}
+        return Simulated(Timeline(tuple(spans), peaks, rank), stalls, held)
+
+    def _play(self) -> None:
         self._begin_what_can()
         while self.left:
             rates = self._rates()
-            self._pass_time(rates, min(left / rates[lane] for lane, left in self.left.items()))
+            passed_s = min(left / rate for left, rate in zip(self.left.values(), rates, strict=True))
+            self._pass_time(rates, passed_s)
             self._begin_what_can()
         assert len(self.done) == len(self.instructions), "dependencies point backwards, so all of it ends"
-        peaks = {tier: max(size for _, size in history) for tier, history in self.history.items()}
-        spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.end_s)))
-        held = {tier: tuple(history) for tier, history in self.history.items()}
-        return Simulated(Timeline(spans, peaks, rank), self.stalls, held)
-
-    def _position(self, lane: Hashable) -> int | None:
-        order = self.by_lane[lane]
-        return order[self.next[lane]] if self.next[lane] < len(order) else None
 
     def _begin_what_can(self) -> None:
         """Begin instructions until none can; those that take no time end at once."""
         progress = True
         while progress:
             progress = False
-            for lane in self.next:
-                position = self._position(lane)
-                if lane in self.left or position is None:
-                    continue
-                if all(before in self.done for before in self.instructions[position].after):
-                    self._begin(lane, position)
+            for lane, order in self.by_lane.items():
+                place = self.next[lane]
+                if lane not in self.left and place < len(order) and not self.num_awaited[order[place]]:
+                    self._begin(lane, order[place])
                     progress = True
 
     def _begin(self, lane: Hashable, position: int) -> None:
-        waited = self.now - self.idle_since[lane]
-        if waited > _EPSILON_S:
-            last = max(self.instructions[position].after, key=lambda before: (self.done[before], before))
-            name = str(self.instructions[last].action)
-            self.stalls[str(lane)][name] = self.stalls[str(lane)].get(name, 0.0) + waited
-        self._change(position, at_begin=True)
-        self.began[lane] = self.now
-        self.left[lane] = self.works[position].seconds
+        waited_s = self.now - self.idle_since[lane]
+        if waited_s > _EPSILON_S:
+            self.waited.append((lane, position, waited_s))
+        if self.changes:
+            self._change(position, at_begin=True)
+        self.began[position] = self.now
+        self.left[lane] = self.work_s[position]
         if self.left[lane] <= _EPSILON_S:
             self._end(lane)
 
     def _end(self, lane: Hashable) -> None:
-        position = self._position(lane)
-        assert position is not None
-        instruction = self.instructions[position]
-        self.spans.append(
-            Span(str(lane), str(instruction.action), self.began.pop(lane), self.now, instruction.num_bytes)
-        )
+        position = self.by_lane[lane][self.next[lane]]
         del self.left[lane]
         self.done[position] = self.idle_since[lane] = self.now
         self.next[lane] += 1
-        self._change(position, at_begin=False)
+        for follower in self.followers[position]:
+            self.num_awaited[follower] -= 1
+        if self.changes:
+            self._change(position, at_begin=False)
 
-    def _rates(self) -> dict[Hashable, float]:
+    def _rates(self) -> list[float]:
         """How fast each running instruction goes, 1 as alone."""
-        loads: dict[str, tuple[float, int]] = {}
-        running = {lane: self.works[self.by_lane[lane][self.next[lane]]] for lane in self.left}
-        for work in running.values():
-            for resource, share in work.shares.items():
-                load, users = loads.get(resource, (0.0, 0))
-                loads[resource] = load + share, users + 1
-        slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
-        return {lane: 1 / max((slow[name] for name in work.shares), default=1.0) for lane, work in running.items()}
+        running = tuple(self.sharing[self.by_lane[lane][self.next[lane]]] for lane in self.left)
+        if running not in self.known_rates:
+            loads: dict[str, tuple[float, int]] = {}
+            for number in running:
+                for resource, share in self.shares[number]:
+                    load, users = loads.get(resource, (0.0, 0))
+                    loads[resource] = load + share, users + 1
+            slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
+            self.known_rates[running] = [
+                1 / max((slow[name] for name, _ in self.shares[number]), default=1.0) for number in running
+            ]
+        return self.known_rates[running]
 
-    def _pass_time(self, rates: Mapping[Hashable, float], seconds: float) -> None:
-        self.now += seconds
-        for lane in list(self.left):
-            self.left[lane] -= seconds * rates[lane]
+    def _pass_time(self, rates: Sequence[float], passed_s: float) -> None:
+        self.now += passed_s
+        for lane, rate in zip(list(self.left), rates, strict=True):
+            self.left[lane] -= passed_s * rate
             if self.left[lane] <= _EPSILON_S:
                 self._end(lane)
 
