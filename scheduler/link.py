@@ -80,7 +80,11 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         if computed is not None and lane is not Lane.COMPUTE and _follows_compute(action, shape, plan):
             after.add(computed)
         if action.kind.is_compute:
-            if computed is not None and _pass_of(action, shape) != _pass_of(moved.actions[computed], shape):
+            if (
+                shape.starts
+                and computed is not None
+                and _pass_of(action, shape) != _pass_of(moved.actions[computed], shape)
+            ):
                 ended = computed
             computed = position
         elif action.kind in (Kind.RECV_F, Kind.RECV_B) and ended is not None:
@@ -313,9 +317,10 @@ def _resources(action: Action, shape: StepShape, plan: Plan) -> tuple[list[str],
             assert c is not None
             chunks = needed_chunks(shape, c)
             grads = [f"grad {chunk}" for chunk in chunks if shape.chunks[chunk].trainable]
-            stage = shape.stage_of(c)
-            crosses = shape.starts and action.kind is not Kind.W
-            given, made = ([f"back {stage}.{m}"], [f"on {stage}.{m}"]) if crosses else ([], [])
+            given, made = [], []
+            if shape.starts and action.kind is not Kind.W:
+                stage = shape.stage_of(c)
+                given, made = [f"back {stage}.{m}"], [f"on {stage}.{m}"]
             return [*(f"full {chunk}" for chunk in chunks), f"act {c}.{m}", *given], [*grads, *made]
         case Kind.SEND_F:
             return [f"act {shape.last_run(c)}.{m}"], []

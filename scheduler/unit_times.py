@@ -33,8 +33,10 @@ from .twin import Shapes
 
 __all__ = ["measure_seconds"]
 
-_ROUNDS, _MOST_ROUNDS = 3, 30
-_LEAST_S = 0.5
+_SHORT_S = 0.3  # rounds that take less begin with one that is not counted
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
+_LEAST_S, _MOST_S = 0.25, 0.8  # of all rounds of one kind; where one takes longer, two that agree will do
+_SETTLED = 0.02  # standard error of a median, as a part of it
 
 
 def measure_seconds(
@@ -166,7 +168,38 @@ def _built(given: Output, dtype: torch.dtype | None, needs_grad: bool) -> Any:
     return given.built(tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One of the ways to run something: what is called, what gets gradients, and what must not for the time being."""
+
+    run: Callable[[], Any]
+    trained: Sequence[Any]
+    frozen: Sequence[nn.Parameter] = ()
+
+    def seconds(self) -> tuple[float, float]:
+        """Of one forward and its backward."""
+        for tensor in (*self.trained, *self.frozen):
+            if isinstance(tensor, torch.Tensor):
+                tensor.grad = None
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        try:
+            began_s = time.perf_counter()
+            output = self.run()
+            forward_s = time.perf_counter() - began_s
+            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            gradients = tree_map(torch.ones_like, outputs)
+            began_s = time.perf_counter()
+            if outputs:
+                torch.autograd.backward(outputs, gradients)
+            return forward_s, time.perf_counter() - began_s if outputs else 0.0
+        finally:
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+
+
 def _time_unit(alone: _Alone) -> UnitSeconds:
+    """In turns: all of it; without gradients of weights; likewise recomputed selectively."""
     twin, has_backward = _real_copy(alone.module, alone.names, alone.shapes), alone.has_backward
     args, kwargs = _built(alone.given, alone.dtype, has_backward)
 
@@ -174,63 +207,62 @@ def _time_unit(alone: _Alone) -> UnitSeconds:
         with torch.set_grad_enabled(has_backward):
             return twin(*args, **kwargs)
 
-    forward_s, backward_s = _median_of(run, tree_leaves((args, kwargs)), list(twin.parameters()))
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    weight_s = backward_s
-    if inputs and backward_s:
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
-        _, input_s = _median_of(run, inputs, [])
-        weight_s = max(0.0, backward_s - input_s)
-    again_s = forward_s if has_backward else 0.0
-    return UnitSeconds(forward_s, backward_s, weight_s, again_s, _selective_seconds(twin, args, kwargs, again_s))
-
-
-def _selective_seconds(twin: nn.Module, args: Any, kwargs: Any, again_s: float) -> float | None:
-    """What a selective recompute adds: a pass under it less one that keeps everything, both with their backward for the
-    inputs alone. None: nothing is known of it."""
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not again_s or not inputs:
-        return None
-
     def selectively() -> Any:
         return checkpoint(twin, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
-    kept_s = sum(_median_of(lambda: twin(*args, **kwargs), inputs, []))
-    return min(max(0.0, sum(_median_of(selectively, inputs, [])) - kept_s), again_s)
+    leaves = tree_leaves((args, kwargs))
+    weights = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    ways = [_Way(run, [*leaves, *weights])]
+    if inputs and has_backward:
+        ways += [_Way(run, inputs, weights), _Way(selectively, inputs, weights)]
+    (forward_s, backward_s), *others = _medians_of(ways)
+    again_s = forward_s if has_backward else 0.0
+    if not others:
+        return UnitSeconds(forward_s, backward_s, backward_s, again_s)
+    kept, selective = others
+    # What a selective recompute adds: a pass under it less one that keeps everything.
+    selective_s = min(max(0.0, sum(selective) - sum(kept)), again_s)
+    return UnitSeconds(forward_s, backward_s, max(0.0, backward_s - kept[1]), again_s, selective_s)
 
 
 def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
     """The caller's loss on what the last unit returns: what the model itself does behind it counts as nothing."""
     output = _built(flow.outputs[-1], None, True)
     try:
-        return _median_of(lambda: loss(output, micro_batch), tree_leaves(output), [])
+        (found,) = _medians_of([_Way(lambda: loss(output, micro_batch), tree_leaves(output))])
     except Exception:  # a loss of something that the model makes of the last unit's output: nothing is known of it
         return 0.0, 0.0
+    return found
 
 
-def _median_of(
-    run: Callable[[], Any], inputs: Sequence[Any], parameters: Sequence[nn.Parameter]
-) -> tuple[float, float]:
-    """Forward and backward seconds: of short ones more are looked at, since a machine changes its speed meanwhile."""
-    forwards, backwards = [], []
+def _medians_of(ways: Sequence[_Way]) -> list[tuple[float, float]]:
+    """Forward and backward seconds of each, in rounds of all, until they have settled: of short ones more are looked
+    at, since a machine changes its speed meanwhile."""
+    rounds: list[list[tuple[float, float]]] = []
     is_first, spent_s = True, 0.0
-    while len(forwards) < _ROUNDS or (spent_s < _LEAST_S and len(forwards) < _MOST_ROUNDS):
-        for tensor in (*inputs, *parameters):
-            if isinstance(tensor, torch.Tensor):
-                tensor.grad = None
-        began_s = time.perf_counter()
-        output = run()
-        forward_s = time.perf_counter() - began_s
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        gradients = tree_map(torch.ones_like, outputs)
-        began_s = time.perf_counter()
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
-        backward_s = time.perf_counter() - began_s if outputs else 0.0
-        if not is_first:  # the first one pays for what libraries set up
-            forwards.append(forward_s)
-            backwards.append(backward_s)
-            spent_s += forward_s + backward_s
+    while not _is_enough(rounds, spent_s):
+        found = [way.seconds() for way in ways]
+        taken_s = sum(map(sum, found))
+        if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up
+            rounds.append(found)
+            spent_s += taken_s
         is_first = False
-    return statistics.median(forwards), statistics.median(backwards)
+    columns = zip(*rounds, strict=True)
+    return [tuple(map(statistics.median, zip(*column, strict=True))) for column in columns]  # pyright: ignore
+
+
+def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:
+    is_long, count = spent_s > _MOST_S, len(rounds)
+    if count >= _MOST_ROUNDS or (is_long and count >= _LEAST_ROUNDS):
+        return True
+    if count < _LEAST_ROUNDS - is_long or spent_s < _LEAST_S:
+        return False
+    return all(_is_settled([sum(pair) for pair in column]) for column in zip(*rounds, strict=True))
+
+
+def _is_settled(seconds: Sequence[float]) -> bool:
+    """By the standard error of a median, from the median distance to it."""
+    middle = statistics.median(seconds)
+    spread = 1.48 * statistics.median(abs(each - middle) for each in seconds)
+    return 1.25 * spread / len(seconds) ** 0.5 <= _SETTLED * middle
