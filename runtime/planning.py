@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,11 @@ from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
 from ..parallel.units import Unit
 from ..scheduler.assessment import Assessment, Budgets, Open, describe, refusal
-from ..scheduler.device_ledger import device_ledger
 from ..scheduler.fit import choose
-from ..scheduler.ledger import HostFigures, host_ledger
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.passes import compile_program
 from ..scheduler.pieces import choose_for_units
-from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
+from ..scheduler.plan import Activations, MicroBatchOrder, Plan
 from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import StepShape
 from ..scheduler.search import Candidate, search
@@ -36,23 +35,19 @@ from ..scheduler.simulate import Simulated
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
-from .constraints import offloaded
-from .device_figures import separate_figures
-from .host_figures import RankState, host_figures, process_bytes
-from .offload import optim_layouts
+from .assessing import Assessor
+from .host_figures import RankState, process_bytes
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
-from .plan_seconds import simulated
+from .plan_seconds import seconds_of, simulated
 from .planned import Planned
 from .profiling import NotProfiled, Profiled, Profiler
-from .step_shape import step_shape
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
 
 __all__ = ["Planner"]
 
-_NUM_ASSESSED = 128  # plans that are kept compiled: as many as one search looks at
 _AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
 _LOG = logging.getLogger(__name__)
 
@@ -123,7 +118,6 @@ class _Planning:
         self.process = 0
         self.budgets = Budgets(0)
         self.profiled: Profiled | None = None
-        self._assessed: dict[Plan, Assessment] = {}  # the last ones: searches with other budgets come to the same plans
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
         several, clips, is_ample = plan.micro_batches > 1, plan.clips_gradients, self.planner.is_ample
@@ -182,7 +176,7 @@ class _Planning:
                 if best is None and number == len(modes) - 1:
                     raise  # the leanest way's refusal says what is missing
                 continue
-            if best is None or self.simulated(found).seconds < self.simulated(best.found).seconds:
+            if best is None or self.seconds_of(found) < self.seconds_of(best.found):
                 best = _Decided(plan_, open__, found, fates, note)
             if self.profiled is None or not (found.plan.activations or found.plan.uses_disk):
                 break  # nothing that could be compared, or bettered
@@ -221,7 +215,7 @@ class _Planning:
             more.append(("twice the disk bandwidth", self.budgets, replace(profiled, hardware=twice)))
         for name, self.budgets, self.profiled in more:
             found, _ = self._decide(plan, open_)
-            new_s = self.simulated(found).seconds
+            new_s = self.seconds_of(found)
             gain = f"faster by {100 * max(0.0, 1 - new_s / seconds):.0f}%"
             yield Fate(f"{name}: {describe(found.plan)}", new_s, found.ledger.peak_bytes, gain)
         self.budgets, self.profiled = before
@@ -278,45 +272,34 @@ class _Planning:
 
     # ---- plans
 
-    def shape_of(self, plan: Plan) -> StepShape:
+    @cached_property
+    def _assessor(self) -> Assessor:
+        """From when the bytes of a micro-batch are known, as far as they are asked for."""
         planner = self.planner
-        everything = replace(plan, chunks=tuple(offloaded(c, Home.DISK, Home.DISK) for c in plan.chunks))
-        optims = optim_layouts(planner.layouts, everything, planner.optimizer.slots, planner.original_dtypes)
-        return step_shape(self.trace, planner.units, planner.layouts, plan, optims, self.memory, self.batch_bytes)
+        transport = "single" if self.transport is None else self.transport.name
+        rank = RankState(planner.layouts, planner.optimizer, planner.original_dtypes, transport, self.process)
+        buffer_bytes = sum(buffer.nbytes for buffer in planner.model.buffers())
+        return Assessor(rank, self.trace, planner.units, self.memory, self.batch_bytes, buffer_bytes)
+
+    def shape_of(self, plan: Plan) -> StepShape:
+        return self._assessor.shape_of(plan)
 
     def assess(self, plan: Plan) -> Assessment:
         """Compile a plan and add up its bytes."""
-        found = self._assessed.pop(plan, None) or self._assess(plan)
-        self._assessed[plan] = found
-        if len(self._assessed) > _NUM_ASSESSED:
-            del self._assessed[next(iter(self._assessed))]
-        return found
-
-    def _assess(self, plan: Plan) -> Assessment:
-        planner, profile = self.planner, self.memory
-        assert profile is not None
-        shape = self.shape_of(plan)
-        program = compile_program(shape, plan)
-        figures_of = host_figures if plan.unified else separate_figures
-        name = "single" if self.transport is None else self.transport.name
-        rank = RankState(planner.layouts, planner.optimizer, planner.original_dtypes, name, self.process)
-        found = figures_of(rank, plan)
-        if isinstance(found, HostFigures):
-            return Assessment(plan, program, host_ledger(program, shape, plan, profile, found))
-        buffers = sum(buffer.nbytes for buffer in planner.model.buffers())
-        return Assessment(
-            plan,
-            program,
-            host_ledger(program, shape, plan, profile, found[0]),
-            device_ledger(program, shape, plan, profile, found[1], self.batch_bytes + buffers),
-        )
+        return self._assessor.assess(plan)
 
     def simulated(self, found: Assessment) -> Simulated:
         """A step of it."""
+        return simulated(*self._of(found))
+
+    def seconds_of(self, found: Assessment) -> float:
+        """Of a step of it."""
+        return seconds_of(*self._of(found))
+
+    def _of(self, found: Assessment) -> tuple[Any, ...]:
         assert self.profiled is not None
-        return simulated(
-            found, self.shape_of(found.plan), self.planner.layouts, self.profiled, self.memory, self.transport
-        )
+        shape = self.shape_of(found.plan)
+        return found, shape, self.planner.layouts, self.profiled, self.memory, self.transport
 
     def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
         """One plan for all ranks: rank 0 looks, and says what it found."""
@@ -357,7 +340,7 @@ class _Planning:
             num_units,
             self.budgets.host,
             self.assess,
-            lambda each: self.simulated(each).seconds,
+            self.seconds_of,
             policies,
             self.budgets.device,
         )
