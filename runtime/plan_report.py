@@ -46,6 +46,9 @@ def print_planning(found: Planning, console: Console) -> None:
     refused = sum(fate.seconds is None for fate in prediction.fates)
     if refused:
         console.print(f"{refused} more were refused, as they do not fit.", highlight=False)
+    if prediction.took_s:
+        words = ", ".join(f"{_seconds(seconds)} {name}" for name, seconds in prediction.took_s.items())
+        console.print(f"This took {words}.", highlight=False, soft_wrap=True)
 
 
 def memory_chart(tier: TierPrediction, seconds: float) -> list[str]:

@@ -8,8 +8,10 @@ plans (`scheduler/search.py`; `scheduler/fit.py`, where nothing is known of seco
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,13 +120,15 @@ class _Planning:
         self.process = 0
         self.budgets = Budgets(0)
         self.profiled: Profiled | None = None
+        self._took_s: dict[str, float] = {}
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
         several, clips, is_ample = plan.micro_batches > 1, plan.clips_gradients, self.planner.is_ample
         open_ = replace(open_, order=open_.order and several, update=open_.update and not clips)
         is_asked = predicts or explores
         if Activations.OFFLOAD_DISK in plan.activations or is_asked or not is_ample:
-            self.memory = self._memory_profile()
+            with self._clock("tracing the model"):
+                self.memory = self._memory_profile()
         if is_ample and not is_asked:
             shape = self.shape_of(plan)
             program = compile_program(shape, plan)
@@ -135,7 +139,8 @@ class _Planning:
             found = self.assess(plan)
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
                 note = self._measure_seconds(keeps_freed=True) if predicts else ""
-                found, fates = self._among_ample(found, open_)
+                with self._clock("searching"):
+                    found, fates = self._among_ample(found, open_)
                 return self._planned(_Decided(plan, open_, found, fates, note), explores)
         return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
         return self._planned(self._tight(plan, open_, predicts), explores)
@@ -159,8 +164,10 @@ class _Planning:
         if self.profiled is not None:
             prediction = self._prediction(found, shape, decided.fates)
             if explores and decided.open_.is_any:
-                what_if = self._what_if(decided.plan, decided.open_, prediction.seconds)
-                prediction = replace(prediction, what_if=tuple(what_if))
+                with self._clock("asking what more would buy"):
+                    what_if = tuple(self._what_if(decided.plan, decided.open_, prediction.seconds))
+                prediction = replace(prediction, what_if=what_if)
+            prediction = replace(prediction, took_s=dict(self._took_s))
         return Planned(found.plan, found.program, shape.held, found.ledger, found.device, prediction, decided.note)
 
     def _tight(self, plan: Plan, open_: Open, predicts: bool) -> "_Decided":
@@ -171,7 +178,8 @@ class _Planning:
         best: _Decided | None = None
         for number, (plan_, open__) in enumerate(modes):
             try:
-                found, fates = self._decide(plan_, open__)
+                with self._clock("searching"):
+                    found, fates = self._decide(plan_, open__)
             except DoesNotFit:
                 if best is None and number == len(modes) - 1:
                     raise  # the leanest way's refusal says what is missing
@@ -220,6 +228,14 @@ class _Planning:
             yield Fate(f"{name}: {describe(found.plan)}", new_s, found.ledger.peak_bytes, gain)
         self.budgets, self.profiled = before
 
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        began_s = perf_counter()
+        try:
+            yield
+        finally:
+            self._took_s[name] = self._took_s.get(name, 0.0) + perf_counter() - began_s
+
     # ---- figures
 
     def _memory_profile(self) -> MemoryProfile:
@@ -248,7 +264,8 @@ class _Planning:
             return "seconds are measured on the host only, and units compute on a CUDA device"
         left_bytes = self.budgets.host - read_process_memory().resident_bytes
         try:
-            self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
+            with self._clock("measuring seconds"):
+                self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
         except NotProfiled as error:
             _LOG.info("plans are compared by the bytes that they move, since %s", error)
             return str(error)

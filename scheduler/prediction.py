@@ -81,6 +81,7 @@ class Prediction:
         units: names of the unit runs: the `F12.0` of a timeline is a forward of `units[12]`.
         fates: of all plans that were looked at, the fastest first.
         what_if: what more of something would buy: the plan that there would be then.
+        took_s: what was done to come to the plan -> how long it took.
     """
 
     timeline: Timeline
@@ -89,6 +90,7 @@ class Prediction:
     units: tuple[str, ...]
     fates: tuple[Fate, ...] = ()
     what_if: tuple[Fate, ...] = ()
+    took_s: dict[str, float] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(
@@ -146,6 +148,7 @@ class Prediction:
             "stalls_s": self.stalls_s,
             "fates": [asdict(fate) for fate in self.fates],
             "what_if": [asdict(fate) for fate in self.what_if],
+            "took_s": self.took_s,
             "spans": [[s.lane, s.action, s.start_s, s.end_s, s.num_bytes] for s in self.timeline.spans],
         }
         return json.dumps(whole)
@@ -172,7 +175,8 @@ class Prediction:
             timeline = Timeline(spans, {tier.tier: tier.peak_bytes for tier in tiers}, fields["rank"])
             fates, what_if = (tuple(Fate(**each) for each in fields[name]) for name in ("fates", "what_if"))
             stalls = {lane: dict(waits) for lane, waits in fields["stalls_s"].items()}
-            return cls(timeline, stalls, tiers, tuple(fields["units"]), fates, what_if)
+            took_s = {str(name): float(seconds) for name, seconds in fields.get("took_s", {}).items()}
+            return cls(timeline, stalls, tiers, tuple(fields["units"]), fates, what_if, took_s)
         except json.JSONDecodeError as error:
             raise ValueError(f"this is no prediction: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:

@@ -35,8 +35,10 @@ __all__ = ["measure_seconds"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_LEAST_S, _MOST_S = 0.25, 0.8  # of all rounds of one kind; where one takes longer, two that agree will do
+_LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
+_OFTEN = 2.0  # times as long for a kind that runs more than once: its errors add up
 _SETTLED = 0.02  # standard error of a median, as a part of it
+_TILE_ELEMS = 1 << 20  # of random numbers, which are repeated: they take longer to make than to copy
 
 
 def measure_seconds(
@@ -72,17 +74,20 @@ def measure_seconds(
     result = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        runs: list[_Alone] = []
         for run, call in enumerate(trace.calls):
-            unit = units[call.unit]
-            dtype = input_dtype(unit.module) if input_dtype is not None else None
-            alone = _Alone(unit.module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype)
-            kind = _kind(alone)
+            module = units[call.unit].module
+            dtype = input_dtype(module) if input_dtype is not None else None
+            runs.append(_Alone(module, names, shapes or {}, flow.inputs[run], call.has_backward, dtype))
+        kinds = [_kind(alone) for alone in runs]
+        for run, (alone, kind) in enumerate(zip(runs, kinds, strict=True)):
             if kind not in timed and has_room(run):
-                timed[kind] = kept[kind] = _time_unit(alone)
+                timed[kind] = kept[kind] = _time_unit(alone, kinds.count(kind) > 1)
             elif kind not in timed:
                 if kind not in kept:
+                    name = units[trace.calls[run].unit].name
                     raise DoesNotFit(
-                        f"there is no room to run unit {unit.name} alone, and how long it takes is not known yet"
+                        f"there is no room to run unit {name} alone, and how long it takes is not known yet"
                     )
                 timed[kind] = kept[kind]
             result.append(timed[kind])
@@ -156,7 +161,11 @@ def _real_copy(module: nn.Module, names: dict[int, str], shapes: Shapes) -> nn.M
 
 def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if dtype.is_floating_point:
-        return torch.empty(tuple(shape), dtype=dtype).normal_(0, 0.02)
+        values = torch.empty(tuple(shape), dtype=dtype)
+        tile = torch.empty(min(values.numel(), _TILE_ELEMS), dtype=dtype).normal_(0, 0.02)
+        for part in values.view(-1).split(_TILE_ELEMS):
+            part.copy_(tile[: part.numel()])
+        return values
     return torch.zeros(tuple(shape), dtype=dtype)  # a token, an index or a mask that every unit understands
 
 
@@ -198,7 +207,7 @@ class _Way:
                 parameter.requires_grad_(True)
 
 
-def _time_unit(alone: _Alone) -> UnitSeconds:
+def _time_unit(alone: _Alone, is_often: bool = False) -> UnitSeconds:
     """In turns: all of it; without gradients of weights; likewise recomputed selectively."""
     twin, has_backward = _real_copy(alone.module, alone.names, alone.shapes), alone.has_backward
     args, kwargs = _built(alone.given, alone.dtype, has_backward)
@@ -216,40 +225,44 @@ def _time_unit(alone: _Alone) -> UnitSeconds:
     ways = [_Way(run, [*leaves, *weights])]
     if inputs and has_backward:
         ways += [_Way(run, inputs, weights), _Way(selectively, inputs, weights)]
-    (forward_s, backward_s), *others = _medians_of(ways)
+    rounds = _rounds_of(ways, _OFTEN if is_often else 1.0)
+    forward_s = statistics.median(whole[0] for whole, *_ in rounds)
+    backward_s = statistics.median(whole[1] for whole, *_ in rounds)
     again_s = forward_s if has_backward else 0.0
-    if not others:
+    if len(ways) == 1:
         return UnitSeconds(forward_s, backward_s, backward_s, again_s)
-    kept, selective = others
+    # Of differences, those within a round: the machine was as fast in both parts.
+    weight_s = statistics.median(whole[1] - kept[1] for whole, kept, _ in rounds)
     # What a selective recompute adds: a pass under it less one that keeps everything.
-    selective_s = min(max(0.0, sum(selective) - sum(kept)), again_s)
-    return UnitSeconds(forward_s, backward_s, max(0.0, backward_s - kept[1]), again_s, selective_s)
+    selective_s = statistics.median(sum(selective) - sum(kept) for _, kept, selective in rounds)
+    return UnitSeconds(
+        forward_s, backward_s, min(max(0.0, weight_s), backward_s), again_s, min(max(0.0, selective_s), again_s)
+    )
 
 
 def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
     """The caller's loss on what the last unit returns: what the model itself does behind it counts as nothing."""
     output = _built(flow.outputs[-1], None, True)
     try:
-        (found,) = _medians_of([_Way(lambda: loss(output, micro_batch), tree_leaves(output))])
+        rounds = _rounds_of([_Way(lambda: loss(output, micro_batch), tree_leaves(output))])
     except Exception:  # a loss of something that the model makes of the last unit's output: nothing is known of it
         return 0.0, 0.0
-    return found
+    return statistics.median(each[0] for (each,) in rounds), statistics.median(each[1] for (each,) in rounds)
 
 
-def _medians_of(ways: Sequence[_Way]) -> list[tuple[float, float]]:
-    """Forward and backward seconds of each, in rounds of all, until they have settled: of short ones more are looked
-    at, since a machine changes its speed meanwhile."""
+def _rounds_of(ways: Sequence[_Way], times_as_long: float = 1.0) -> list[list[tuple[float, float]]]:
+    """Forward and backward seconds of each way, in rounds of all, until they have settled: of short ones more are
+    looked at, since a machine changes its speed meanwhile."""
     rounds: list[list[tuple[float, float]]] = []
     is_first, spent_s = True, 0.0
-    while not _is_enough(rounds, spent_s):
+    while not _is_enough(rounds, spent_s / times_as_long):
         found = [way.seconds() for way in ways]
         taken_s = sum(map(sum, found))
         if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up
             rounds.append(found)
             spent_s += taken_s
         is_first = False
-    columns = zip(*rounds, strict=True)
-    return [tuple(map(statistics.median, zip(*column, strict=True))) for column in columns]  # pyright: ignore
+    return rounds
 
 
 def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:

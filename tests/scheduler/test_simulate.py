@@ -11,7 +11,7 @@ from outgrow.parallel.actions import Kind
 from outgrow.scheduler.happens import Order
 from outgrow.scheduler.passes import compile_program
 from outgrow.scheduler.program import Instruction, Lane, Program
-from outgrow.scheduler.simulate import Change, Work, simulate
+from outgrow.scheduler.simulate import Change, Work, simulate, simulated_seconds
 
 
 def program(text: str) -> Program:
@@ -89,6 +89,7 @@ def test_every_rule_holds_for_random_programs(seed: int) -> None:
     compiled = compile_program(shape, random_plan(rng, shape))
     works = {i: Work(rng.choice((0.0, rng.random())), {"x": rng.random()}) for i in compiled.instructions}
     found = simulate(compiled, works.__getitem__)
+    assert simulated_seconds(compiled, works.__getitem__) == found.seconds
     slower = simulate(compiled, lambda i: Work(2 * works[i].seconds, works[i].shares))
     assert slower.seconds == pytest.approx(2 * found.seconds)
     spans = {}

@@ -76,3 +76,47 @@ def test_frozen_units_that_no_gradient_reaches_have_no_backward() -> None:
     assert found.units[0].backward_s == found.units[1].backward_s == 0
     assert found.units[1].recompute_s == 0
     assert found.units[2].backward_s > 0
+
+
+def test_rounds_go_on_until_the_medians_have_settled() -> None:
+    def is_enough(*seconds: float) -> bool:
+        return unit_times._is_enough([[(each / 3, 2 * each / 3)] for each in seconds], sum(seconds))
+
+    assert not is_enough(0.1, 0.1), "short, and two only"
+    assert is_enough(0.1, 0.1, 0.1)
+    assert not is_enough(0.01, 0.01, 0.01), "too little was looked at"
+    assert is_enough(*[0.001] * 30), "that is enough of it"
+    assert not is_enough(0.1, 0.12, 0.14), "not settled yet"
+    assert is_enough(0.2, 0.24, 0.28), "but it was looked at for long"
+    assert is_enough(2.0, 2.01), "long ones that agree"
+    assert not is_enough(2.0, 2.5), "long ones that do not"
+    assert is_enough(2.0, 2.5, 3.0), "no more than three of these"
+
+
+def test_every_way_is_looked_at_in_every_round_and_only_the_first_short_one_is_left_out() -> None:
+    turns = []
+
+    class Way:
+        def __init__(self, name: str, *forwards: float) -> None:
+            self.name, self.forwards = name, list(forwards)
+
+        def seconds(self) -> tuple[float, float]:
+            turns.append(self.name)
+            return self.forwards.pop(0), 0.02
+
+    ways = [Way("whole", 0.2, 0.08, 0.09, 0.08), Way("inputs", 0.02, 0.03, 0.03, 0.04)]
+    rounds = unit_times._rounds_of(ways)
+    assert [[forward_s for forward_s, _ in each] for each in rounds] == [[0.08, 0.03], [0.09, 0.03], [0.08, 0.04]]
+    assert turns == ["whole", "inputs"] * 4
+    assert len(unit_times._rounds_of([Way("long", 1.0, 1.02)])) == 2
+    assert len(unit_times._rounds_of([Way("often", *[0.3] * 3)], times_as_long=3)) == 3
+
+
+def test_frozen_weights_are_trained_again_afterwards() -> None:
+    layer = nn.Linear(4, 4)
+    x = torch.ones(2, 4, requires_grad=True)
+    way = unit_times._Way(lambda: layer(x), [x], list(layer.parameters()))
+    way.seconds()
+    assert x.grad is not None
+    assert layer.weight.grad is None
+    assert all(parameter.requires_grad for parameter in layer.parameters())
