@@ -41,35 +41,47 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         raise ValueError(f"pipelines are measured on configuration S, not {', '.join(options.configs)}")
     figures: list[Figure] = []
     for schedule in _COMPARED:
-        figures += _measure((_ours(schedule), _torch(schedule)), options, say)
+        contestants = _ours(schedule), _torch(schedule)
+        figures += _measure(contestants, contestants, options, say)
     if options.with_extras:
-        figures += _measure(tuple(_ours(schedule) for schedule in (*_EXTRA, *_COMPARED)), options, say)
+        extra = tuple(_ours(schedule) for schedule in _EXTRA)
+        figures += _measure((*extra, *(_ours(schedule) for schedule in _COMPARED)), extra, options, say)
     return Findings(
         tuple(figures),
         (
             f"float32, AdamW, {_MICRO_BATCHES} micro-batches; ratios are of tokens/s, round by round, of contestants "
             "that stood in memory together.",
-            "Simulated: the programs of both ranks, played before the step, with the seconds of single units that were "
-            "timed right before it, on both ranks at once and on one alone; with update and gradient norm.",
+            "Simulated: the programs of both ranks, played with the seconds of single units, on both ranks at once and "
+            "on one alone, with update and gradient norm; the mean of two, whose units were timed right before and "
+            "right after the step, as the machine's speed drifts. These are steps of their own, one each round.",
             "Activations kept: the most that a rank held for backward passes between two actions, read off the "
             "storages, over the schedule's table with what one forward of each stage left.",
         ),
     )
 
 
-def _measure(contestants: tuple[Contestant, ...], options: Options, say: Callable[[str], None]) -> list[Figure]:
+def _measure(
+    contestants: tuple[Contestant, ...],
+    simulated: tuple[Contestant, ...],
+    options: Options,
+    say: Callable[[str], None],
+) -> list[Figure]:
+    """Args:
+    simulated: those of them that, after each round, do another step, which they foretell where they can.
+    """
     from .models import CONFIGS  # torch, which only a run needs
 
     tokens = CONFIGS["S"].tokens_per_step
     here = [replace(each, arguments={"config": "S", **each.arguments}) for each in contestants]
     measured: dict[str, list[list[StepReport]]] = {each.name: [] for each in here}
-    times: dict[str, list[list[Any]]] = {each.name: [] for each in here}
+    times: dict[str, list[list[Any]]] = {each.name: [] for each in simulated}
     with Group(here, say=say) as group:
         group.rounds(options.num_warmup)
         for turn in range(options.num_rounds):
             for name, (reports,) in group.rounds(1, first=options.num_warmup + turn).items():
                 measured[name].append(reports)
-                times[name].append(group.ask(name, "times"))
+            for name, told in times.items():
+                told.append(group.ask(name, "foretold", options.num_warmup + turn))
         remarks = {each.name: group.ask(each.name, "describe")[0] for each in here}
     return figures_of("S, 2 ranks of 1 thread", tokens, measured, times, remarks)
 
@@ -84,7 +96,8 @@ def figures_of(
     """What the answers of one group amount to.
 
     Args:
-        measured, times, remarks: name -> for every round, the answers of its ranks.
+        measured, times: name -> for every round, the answers of its ranks, to `step` and to `foretold`.
+        remarks: name -> what it says of itself.
     """
     section = f"{section}: {', '.join(measured)}"
     seconds = {name: [max(each.seconds for each in ranks) for ranks in turns] for name, turns in measured.items()}

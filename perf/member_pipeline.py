@@ -33,31 +33,33 @@ class PipelineTrainee:
 
     Attributes:
         train: the global batch's (inputs, targets) -> its loss. Does one whole step.
-        foresee: is given the same before, and not timed.
-        timing: (seconds of the last step, those that were foreseen, bytes that were kept for backward passes, the same
-            by the schedule).
+        foresee: is given the same, does nothing to the model; seconds that such a step will take, or 0.
+        kept: (bytes that the last step kept for backward passes, the same by the schedule).
     """
 
     rank: Rank
     batches: Batches
     train: Callable[[Tensor, Tensor], float]
     finish: Callable[[], None] = lambda: None
-    foresee: Callable[[Tensor, Tensor], object] = lambda inputs, targets: None
-    timing: Callable[[], tuple[float, float, int, float]] = lambda: (0.0, 0.0, 0, 0.0)
+    foresee: Callable[[Tensor, Tensor], float] = lambda inputs, targets: 0.0
+    kept: Callable[[], tuple[int, float]] = lambda: (0, 0.0)
     remark: Callable[[], str] = lambda: ""
 
     def step(self, index: int) -> StepReport:
         """One training step on the batch of that index. Making the batch is not timed."""
         inputs, targets = self.batches(index)
-        self.foresee(inputs, targets)
         reset_peak_rss()
         self.rank.barrier()
         started = time.perf_counter()
         loss = self.train(inputs, targets)
         return StepReport(time.perf_counter() - started, loss, peak_rss_bytes())
 
-    def times(self) -> tuple[float, float, int, float]:
-        return self.timing()
+    def foretold(self, index: int) -> tuple[float, float, int, float]:
+        """Another step: its seconds, those that were foreseen right before and right after it, and what it kept."""
+        batch = self.batches(index)
+        before_s = self.foresee(*batch)
+        seconds = self.step(index).seconds
+        return seconds, (before_s + self.foresee(*batch)) / 2, *self.kept()
 
     def describe(self) -> str:
         return self.remark()
@@ -73,23 +75,14 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
         pipeline=rank.count, schedule=schedule,
     )  # fmt: skip
 
-    seconds = foreseen = 0.0
-    steps = 0
-
     def train(inputs: Tensor, targets: Tensor) -> float:
-        nonlocal seconds, steps
-        result = engine.step((inputs, targets))
-        seconds, steps = result.step_s, steps + 1
-        return result.loss
+        return engine.step((inputs, targets)).loss
 
-    def foresee(inputs: Tensor, targets: Tensor) -> None:
-        nonlocal foreseen
-        if steps < 2:  # the first one chooses, the second one is the first with a warm heap
-            return
+    def foresee(inputs: Tensor, targets: Tensor) -> float:
         timeline = engine.predict_step((inputs, targets))
-        foreseen = timeline.seconds if timeline is not None else 0.0
+        return timeline.seconds if timeline is not None else 0.0
 
-    def timing() -> tuple[float, float, int, float]:
+    def kept() -> tuple[int, float]:
         plan = engine.plan.pipeline
         assert plan is not None
         saved = dict.fromkeys(range(len(plan.placement)), 0.0)
@@ -99,9 +92,8 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
                 saved[action.index] = max(saved[action.index], now - before)
             before = now
         costs = replace(costs_of(plan), activations=tuple(saved.values()))
-        kept = max(now for _, now in engine.saved_levels)
-        table = simulate(schedule_of(plan, micro_batches), costs).peak_activations[rank.index]
-        return seconds, foreseen, kept, table
+        most = max(now for _, now in engine.saved_levels)
+        return most, simulate(schedule_of(plan, micro_batches), costs).peak_activations[rank.index]
 
     def remark() -> str:
         assert engine.plan.pipeline is not None
@@ -109,7 +101,7 @@ def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> P
         share = max(sum(part) for part in stages.seconds) / sum(sum(part) for part in stages.seconds)
         return f"stages begin at unit runs {stages.starts}, the largest has {100 * share:.0f}% of the work"
 
-    return PipelineTrainee(rank, batches_of(config, "random"), train, engine.close, foresee, timing, remark)
+    return PipelineTrainee(rank, batches_of(config, "random"), train, engine.close, foresee, kept, remark)
 
 
 _CUTS = {2: {2: (0, 4), 4: (0, 2, 4, 6)}}  # ranks -> stages -> first block of each, for the 6 blocks of S

@@ -60,6 +60,7 @@ class Executor:
         self._failure: BaseException | None = None
         self._closed = False
         self._cursor = 0
+        self._awaited: set[int] = set()  # positions that some lane waits for
         self._skipped: set[int] = set()  # micro-batches without a sample
         self._current: int | None = None
         self._current_start_s = 0.0
@@ -104,6 +105,7 @@ class Executor:
             self._done = bytearray(len(program.instructions))
             self._num_done = 0
             self._idle = {Lane.COMPUTE}
+            self._awaited = set()
             self._failure = None
             self._cursor = 0
             self._skipped = set()
@@ -190,8 +192,8 @@ class Executor:
         program = self._running_program()
         self._finish_current()
         order = program.by_lane.get(Lane.COMPUTE, ())
-        left = [at for at in order[self._cursor :] if program.instructions[at].action in actions]
-        while left and self._cursor < len(order) and order[self._cursor] <= left[-1]:
+        last = max((program.compute_positions.get(action, -1) for action in actions), default=-1)
+        while self._cursor < len(order) and order[self._cursor] <= last:
             self._pass(order[self._cursor])
 
     def skip_micro_batch(self, micro_batch: int) -> None:
@@ -301,7 +303,9 @@ class Executor:
         with self._changed:
             self._done[position] = 1
             self._num_done += 1
-            self._changed.notify_all()
+            if position in self._awaited:  # whoever is woken for nothing takes time from who computes
+                self._awaited.discard(position)
+                self._changed.notify_all()
 
     def _wait_for(self, position: int) -> None:
         program = self._running_program()
@@ -309,7 +313,11 @@ class Executor:
         if self._is_ready(instruction):
             return
         with self._changed:
-            self._wait(lambda: self._is_ready(instruction), str(instruction.action))
+            self._wait_until_ready(instruction)
+
+    def _wait_until_ready(self, instruction: Instruction) -> None:
+        self._awaited.update(before for before in instruction.after if not self._done[before])
+        self._wait(lambda: self._is_ready(instruction), str(instruction.action))
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         """Wait under the lock until `ready`, a failure, or a deadline without any progress."""
@@ -380,7 +388,7 @@ class Executor:
             with self._changed:
                 if self._program is None:
                     return  # aborted; no other step begins before this lane is out
-                self._wait(lambda i=instruction: self._is_ready(i), str(instruction.action))
+                self._wait_until_ready(instruction)
             started_s[position] = self._clock()
             begun.append((position, self._handlers[instruction.action.kind](instruction.action) or _done))
             if begun[-1][1] is _done:

@@ -4,7 +4,8 @@ Owns the deferral of the weight gradients of linear layers, convolutions and emb
 their input, and in the backward pass note the gradient of their output instead of multiplying the two. Nothing is
 computed twice, and what else autograd had saved is let go of at once. A product is added straight to the gradient that
 is there, without a tensor of its own in between, which spares a pass over memory for each micro-batch; also where the
-backward pass is not divided, so that all schedules give the same bits. Does not own when the parts run (programs).
+backward pass is not divided, so that all schedules give the same bits. Does not own when the parts run (programs), nor
+the layers that come here by themselves (`direct_layers.py`).
 
 Gradients of biases and of all other parameters are made with the input gradients: they cost little.
 """
@@ -19,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Deferred", "SplitBackward", "run_backward"]
+__all__ = ["Deferred", "SplitBackward", "deferred_embedding", "deferred_linear", "run_backward"]
 
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
@@ -84,49 +85,59 @@ class SplitBackward(TorchFunctionMode):
     """While it is entered, layers with a trainable parameter as their weight defer its gradient to `deferred`.
 
     Entered around the forward pass, and around the backward pass too, for what that recomputes.
+
+    Attributes:
+        num_found: how many it has met.
     """
 
     def __init__(self, deferred: Deferred) -> None:
         super().__init__()
         self._deferred = deferred
+        self.num_found = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
             if func is F.linear:
-                found = self._linear(*args, **kwargs)
+                found = deferred_linear(self._deferred, *args, **kwargs)
             elif func in _CONVOLUTIONS:
-                found = self._convolution(_CONVOLUTIONS[func], *args, **kwargs)
+                found = _convolution(self._deferred, _CONVOLUTIONS[func], *args, **kwargs)
             elif func is F.embedding:
-                found = self._embedding(*args, **kwargs)
+                found = deferred_embedding(self._deferred, *args, **kwargs)
             else:
                 found = None
             if found is not None:
+                self.num_found += 1
                 return found
         return func(*args, **kwargs)
 
-    def _linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
-        if not _defers(weight) or input.dim() < 2 or input.dtype is not weight.dtype:
-            return None
-        return _Linear.apply(input, weight, bias, self._deferred)
 
-    def _convolution(
-        self, dims: int, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-        dilation: Any = 1, groups: int = 1,
-    ) -> Any:  # fmt: skip
-        if not _defers(weight) or isinstance(padding, str) or input.dim() != dims + 2:
-            return None
-        shape = [_tuple(value, dims) for value in (stride, padding, dilation)]
-        return _Convolution.apply(input, weight, bias, *shape, groups, self._deferred)
+def deferred_linear(deferred: Deferred, input: Any, weight: Any, bias: Any = None) -> Any:
+    """`F.linear` whose weight gradient is given to `deferred`; None where that is not possible."""
+    if not _defers(weight) or input.dim() < 2 or input.dtype is not weight.dtype:
+        return None
+    return _Linear.apply(input, weight, bias, deferred)
 
-    def _embedding(
-        self, input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None,
-        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
-    ) -> Any:  # fmt: skip
-        if not _defers(weight) or max_norm is not None or sparse:
-            return None
-        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-        return _Embedding.apply(input, weight, padding, scale_grad_by_freq, self._deferred)
+
+def deferred_embedding(
+    deferred: Deferred, input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Any:  # fmt: skip
+    """`F.embedding` likewise."""
+    if not _defers(weight) or max_norm is not None or sparse:
+        return None
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return _Embedding.apply(input, weight, padding, scale_grad_by_freq, deferred)
+
+
+def _convolution(
+    deferred: Deferred, dims: int, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
+    if not _defers(weight) or isinstance(padding, str) or input.dim() != dims + 2:
+        return None
+    shape = [_tuple(value, dims) for value in (stride, padding, dilation)]
+    return _Convolution.apply(input, weight, bias, *shape, groups, deferred)
 
 
 def run_backward(roots: Sequence[Any], gradients: Sequence[torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ sent on. Does not own the order (programs, schedules), the transport (`parallel/
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,13 @@ from ..parallel.mail import Mail
 from ..parallel.units import Unit
 from ..scheduler.dataflow import Flow, TensorSpec
 from ..scheduler.pipeline_program import Stages
+from .direct_layers import DirectLayers
 from .executor import Executor
 from .model_state import ModelState
 from .moving import MovingActivations
 from .passage import Passage
 from .saved_tensors import saved_by_place, watched
-from .split_backward import Deferred, SplitBackward, run_backward
+from .split_backward import Deferred, run_backward
 from .stage_ends import LeftOut, Receive
 from .unit_hooks import Pass, StageEnd, UnitHooks
 
@@ -100,6 +101,7 @@ class StagePasses:
         self._opened: dict[_At, _Opened] = {}
         self._arrived: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
         self._leaving: dict[tuple[Kind, int, int], list[torch.Tensor | None]] = {}
+        self._layers = DirectLayers(passage.model)
         self._live = LiveBytes()
         self._is_watching = True
         self._flows: tuple[int, ...] = ()
@@ -111,7 +113,8 @@ class StagePasses:
         the first step with micro-batches of these shapes, where activations stay where they are."""
 
     def install(self) -> None:
-        """Let units of other stages be left out."""
+        """Let units of other stages be left out, and layers defer their weight gradients."""
+        self._layers.install()
         for unit in self._units:
             own = unit.module.__dict__
             own["forward"] = LeftOut(unit.module, unit.module.forward, self._hooks, self._stand_in)
@@ -122,6 +125,7 @@ class StagePasses:
             own = unit.module.__dict__
             if isinstance(own.get("forward"), LeftOut):
                 own["forward"].put_back()
+        self._layers.remove()
 
     def begin(self, step: int, micro: Sequence[MicroBatch], state: ModelState) -> None:
         """A step begins."""
@@ -219,7 +223,7 @@ class StagePasses:
         current = self._hooks.begin_forward(self._step, number, runs)
         opened = self._opened[stage, number] = _Opened(current, deferred)
         deferred.run_of = lambda: current.backward
-        with self._contexts(deferred):
+        with self._saving(), self._deferring(stage, number, deferred):
             if stage > 0:
                 self._inputs = self._taken_in(stage, number, opened)
             try:
@@ -243,7 +247,7 @@ class StagePasses:
         roots, gradients = self._roots(stage, number, opened)
         self._hooks.begin_backward(opened.current, kind)
         if roots:
-            with SplitBackward(opened.deferred):
+            with self._deferring(stage, number, opened.deferred):
                 run_backward(roots, gradients)
         self._hooks.end_backward()
         if kind is Kind.B:
@@ -356,15 +360,14 @@ class StagePasses:
         output = flow.outputs[run]
         return output.built([torch.zeros((), dtype=spec.dtype).expand(spec.shape) for spec in output.specs])
 
-    def _contexts(self, deferred: Deferred) -> ExitStack:
-        stack = ExitStack()
+    def _saving(self) -> Any:
         assert self._state is not None
         if self._is_watching:
-            stack.enter_context(watched(self._state, self._live))
-        elif self._state.drops_copies:
-            stack.enter_context(saved_by_place(self._state))
-        stack.enter_context(SplitBackward(deferred))
-        return stack
+            return watched(self._state, self._live)
+        return saved_by_place(self._state) if self._state.drops_copies else nullcontext()
+
+    def _deferring(self, stage: int, number: int, deferred: Deferred) -> Any:
+        return self._layers.deferring(deferred, (stage, id(self._micro[number].flow)))
 
     _inputs: Any = None
 

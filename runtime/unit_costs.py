@@ -22,8 +22,9 @@ from ..scheduler.dataflow import Flow, Output, TensorSpec
 from ..scheduler.stage_choice import UnitSeconds
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
+from .direct_layers import DirectLayers
 from .passage import Passage
-from .split_backward import Deferred, SplitBackward, run_backward
+from .split_backward import Deferred, run_backward
 
 __all__ = ["Round", "UnitTimer"]
 
@@ -56,7 +57,9 @@ class UnitTimer:
                 self._kinds.append(kind)
                 if kind not in self._makers:
                     made = _with_values(unit, known)
-                    self._makers[kind] = partial(_run, made, flow.inputs[run], call.has_backward)
+                    layers = DirectLayers(made)
+                    layers.install()
+                    self._makers[kind] = partial(_run, made, layers, flow.inputs[run], call.has_backward)
         self._makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
 
     def round(self, halves: bool = True, whole: bool = True) -> Round:
@@ -99,21 +102,25 @@ def _made(output: Output) -> Any:
     return output.built([_values(spec) for spec in output.specs])
 
 
-def _run(module: nn.Module, inputs: Output, has_backward: bool, halves: bool, whole: bool) -> _Seconds:
+def _run(
+    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, halves: bool, whole: bool
+) -> _Seconds:
     forwards: list[float] = []
     input_s = weight_s = whole_s = 0.0
     if halves:
-        forward_s, input_s, weight_s = _run_once(module, inputs, has_backward, Deferred())
+        forward_s, input_s, weight_s = _run_once(module, layers, inputs, has_backward, Deferred())
         forwards.append(forward_s)
     if whole or not halves:
-        forward_s, whole_s, _ = _run_once(module, inputs, has_backward, Deferred(at_once=True))
+        forward_s, whole_s, _ = _run_once(module, layers, inputs, has_backward, Deferred(at_once=True))
         forwards.append(forward_s)
     return sum(forwards) / len(forwards), input_s, weight_s, whole_s
 
 
-def _run_once(module: nn.Module, inputs: Output, has_backward: bool, deferred: Deferred) -> tuple[float, float, float]:
+def _run_once(
+    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, deferred: Deferred
+) -> tuple[float, float, float]:
     args, kwargs = _made(inputs)
-    with SplitBackward(deferred):
+    with layers.deferring(deferred):
         started = time.perf_counter()
         output = module(*args, **kwargs)
         forward_s = time.perf_counter() - started

@@ -240,7 +240,8 @@ class UnitHooks:
                 return
             assert self._trace is not None
             run = current.next - 1
-            self._seed(run, current.micro_batch, after=True)  # for code between units, also where the unit was left out
+            if run >= current.runs.start - 1:  # what is drawn between units that are left out is left out, too
+                self._seed(run, current.micro_batch, after=True)  # for code between units
             if run not in current.runs:
                 return
             inputs = {id(leaf) for leaf in tree_leaves(args)}

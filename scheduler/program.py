@@ -179,6 +179,11 @@ class Program:
             lanes.setdefault(instruction.lane, []).append(position)
         return {lane: tuple(positions) for lane, positions in lanes.items()}
 
+    @cached_property
+    def compute_positions(self) -> dict[Action, int]:
+        """Position of each action that runs a unit's code."""
+        return {each.action: at for at, each in enumerate(self.instructions) if each.action.kind.is_compute}
+
     def actions(self, kind: Kind | None = None) -> list[Action]:
         """The actions in program order, of one kind or all."""
         return [i.action for i in self.instructions if kind is None or i.action.kind is kind]
@@ -200,6 +205,8 @@ class Program:
     def without_carried(self) -> "Program":
         """The program of a first step, which has no step before it: what is kept from step to step is read."""
         n = self.num_carried
+        if not n and not self.kept:
+            return self
         sizes = {buffer.name: buffer.num_bytes for buffer in self.buffers}
         rest: list[Instruction] = []
         for i in self.instructions[n:]:

@@ -53,10 +53,11 @@ class Shared:
     hosts: tuple[int, ...]
 
     def work(self, rank: int, seconds: RunSeconds) -> Work:
-        """Where all ranks of a host are busy, it takes as long as was measured; in between, in proportion."""
+        """Where all ranks of a host are busy, it takes as long as was measured; in between, in proportion. Nothing is
+        slower alone: where that was measured, the machine was."""
         host = self.hosts[rank]
         count = self.hosts.count(host)
-        alone_s = seconds.alone_s or seconds.together_s
+        alone_s = min(seconds.alone_s or seconds.together_s, seconds.together_s)
         return Work(alone_s, {f"cores {host}": seconds.slowdown / count} if count > 1 else {})
 
 

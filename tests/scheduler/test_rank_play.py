@@ -58,6 +58,7 @@ def test_hosts_apart_do_not_slow_each_other_down():
     seconds = RunSeconds(3.0, 2.0)
     assert Shared((0, 1)).work(0, seconds) == Work(2.0)
     assert Shared((0, 0)).work(1, seconds) == Work(2.0, {"cores 0": 0.75})
+    assert Shared((0, 0)).work(0, RunSeconds(2.0, 3.0)) == Work(2.0, {"cores 0": 0.5})  # alone nothing is slower
     assert RunSeconds(1.0, 2.0).slowdown == 1.0  # noise: nothing becomes faster by company
     assert Shared((0, 0)).work(0, RunSeconds(1.0, 0.0)).seconds == 1.0  # too short to be measured alone
 
