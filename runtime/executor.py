@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from types import TracebackType
 
 from ..memory.errors import LaneTimeout, OutOfOrder
@@ -63,8 +63,7 @@ class Executor:
         self._awaited: set[int] = set()  # positions that some lane waits for
         self._skipped: set[int] = set()  # micro-batches without a sample
         self._current: int | None = None
-        self._current_start_s = 0.0
-        self._start_s = 0.0
+        self._current_start_s = self._start_s = 0.0
         self._spans: list[Span] = []
 
     def __enter__(self) -> "Executor":
@@ -103,11 +102,9 @@ class Executor:
         with self._changed:
             self._program = program
             self._done = bytearray(len(program.instructions))
-            self._num_done = 0
-            self._idle = {Lane.COMPUTE}
-            self._awaited = set()
+            self._num_done = self._cursor = 0
+            self._idle, self._awaited = {Lane.COMPUTE}, set()
             self._failure = None
-            self._cursor = 0
             self._skipped = set()
             self._current = None
             self._spans = []
@@ -304,23 +301,18 @@ class Executor:
             self._done[position] = 1
             self._num_done += 1
             if position in self._awaited:  # whoever is woken for nothing takes time from who computes
-                self._awaited.discard(position)
                 self._changed.notify_all()
 
     def _wait_for(self, position: int) -> None:
-        program = self._running_program()
-        instruction = program.instructions[position]
+        instruction = self._running_program().instructions[position]
         if self._is_ready(instruction):
             return
         with self._changed:
-            self._wait_until_ready(instruction)
+            self._wait(lambda: self._is_ready(instruction), str(instruction.action), instruction.after)
 
-    def _wait_until_ready(self, instruction: Instruction) -> None:
-        self._awaited.update(before for before in instruction.after if not self._done[before])
-        self._wait(lambda: self._is_ready(instruction), str(instruction.action))
-
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], what: str, after: Iterable[int] = ()) -> None:
         """Wait under the lock until `ready`, a failure, or a deadline without any progress."""
+        self._awaited.update(after)
         while not ready():
             if self._failure is not None:
                 raise self._failure
@@ -388,7 +380,7 @@ class Executor:
             with self._changed:
                 if self._program is None:
                     return  # aborted; no other step begins before this lane is out
-                self._wait_until_ready(instruction)
+                self._wait(lambda i=instruction: self._is_ready(i), str(instruction.action), instruction.after)
             started_s[position] = self._clock()
             begun.append((position, self._handlers[instruction.action.kind](instruction.action) or _done))
             if begun[-1][1] is _done:
