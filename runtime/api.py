@@ -101,7 +101,7 @@ class Runtime:
         offload: str | None = None,
         activations: str | Sequence[str] | None = None,
         order: str | None = None,
-        pipeline: int = 1,
+        pipeline: int | None = None,
         schedule: str | None = None,
         chunks: int | None = None,
         stages: Sequence[str] | None = None,
@@ -136,7 +136,8 @@ class Runtime:
             order: of micro-batches: "sequential" or "by-unit" (all of them through a unit before the next one, so that
                 what lies on disk moves once a step); None: as it fits.
             pipeline: workers that the model is spread over, stage by stage; 1: each has all of it. `workers` divides by
-                it: the others share the state of each stage, as `zero` says.
+                it: the others share the state of each stage, as `zero` says. None: pipelines are among the plans that
+                are looked at, where there are several micro-batches, and run where one is faster than any other plan.
             schedule: of the pipeline, e.g. "1f1b", "zb-v", "auto" (`outgrow schedule` shows them); None: "1f1b".
             chunks: stages on each worker, for interleaved schedules.
             stages: names of the units that the stages begin with; None: cut by measured seconds.
@@ -227,7 +228,7 @@ def check_job(job: Job, config: RuntimeConfig) -> None:
     from . import cluster
     from .data import check_data
 
-    check_data(job.data, job.config, job.config.num_data(max(1, config.workers)))
+    check_data(job.data, job.config, job.num_data(max(1, config.workers)))
     if config.workers == 0:
         _check_alone()
     else:

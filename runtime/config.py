@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ class TrainConfig:
         activations: "keep", "recompute", "offload:host" or "offload:disk", for all units or a list with a word for
             each; None: "keep" where it fits.
         order: of micro-batches, "sequential" or "by-unit"; None: the leaner one where memory is tight.
-        pipeline: ranks that the model is spread over; 1: each has all of it.
+        pipeline: ranks that the model is spread over; 1: each has all of it; None: what is fastest.
         schedule, chunks, stages: of the pipeline (`pipeline_words.py`).
         seed: seeds the order of data, the model's initialisation where a function builds it, and dropout.
         weights: a safetensors file, an index of several, or the folder that holds them, by its absolute path; the
@@ -135,7 +135,7 @@ class TrainConfig:
     offload: str | None = None
     activations: str | tuple[str, ...] | None = None
     order: str | None = None
-    pipeline: int = 1
+    pipeline: int | None = None
     schedule: str | None = None
     chunks: int | None = None
     stages: tuple[str, ...] | None = None
@@ -178,10 +178,12 @@ class TrainConfig:
         for word in each:
             if word not in ACTIVATIONS:
                 raise ValueError(f"activations={word!r}: there is {', '.join(map(repr, ACTIVATIONS))}")
-        if (self.pipeline, self.schedule, self.chunks, self.stages) != (1, None, None, None):
+        if (self.pipeline or 1, self.schedule, self.chunks, self.stages) != (1, None, None, None):
             from .pipeline_words import PipelineWords
 
-            words = PipelineWords(self.pipeline, self.schedule, self.chunks, self.stages)
+            words = PipelineWords(
+                1 if self.pipeline is None else self.pipeline, self.schedule, self.chunks, self.stages
+            )
             words.check(self.activations, self.order)
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])
@@ -192,12 +194,13 @@ class TrainConfig:
         Raises:
             ValueError: ranks that the pipeline does not divide.
         """
-        if num_ranks % self.pipeline:
+        size = self.pipeline or 1
+        if num_ranks % size:
             raise ValueError(
-                f"pipeline={self.pipeline}: each pipeline takes so many workers, and workers={num_ranks}; give a "
+                f"pipeline={size}: each pipeline takes so many workers, and workers={num_ranks}; give a "
                 "number that divides them, or other workers"
             )
-        return num_ranks // self.pipeline
+        return num_ranks // size
 
     def to_json(self) -> dict[str, Any]:
         """The arguments as they go into result.json."""
@@ -222,6 +225,17 @@ class Job:
     init: Callable[..., Any] | None = None
     plan: "Plan | None" = None
     plans_only: bool = False
+
+    def num_data(self, num_ranks: int) -> int:
+        """Among how many ranks the samples are shared out. Raises ValueError as `TrainConfig.num_data`."""
+        pipeline = None if self.plan is None else self.plan.pipeline
+        config = self.config if pipeline is None else replace(self.config, pipeline=pipeline.num_ranks)
+        return config.num_data(num_ranks)
+
+    def with_plan(self, plan: "Plan") -> "Job":
+        """The same training with this plan, which decides what the words of the configuration left open or fixed."""
+        words = {"zero": None, "offload": None, "activations": None, "order": None, "pipeline": None}
+        return replace(self, plan=plan, config=replace(self.config, **words, micro_batches=plan.micro_batches))
 
     def __post_init__(self) -> None:
         from torch import nn

@@ -30,7 +30,7 @@ from ..memory.errors import OutgrowError
 from .batch import num_samples, split_batch
 from .config import TrainConfig, check_batch_size
 
-__all__ = ["DataError", "Share", "Source", "check_data", "open_data", "row_bounds"]
+__all__ = ["DataError", "Share", "Source", "check_data", "may_open_anew", "open_data", "row_bounds"]
 
 
 class DataError(OutgrowError, ValueError):
@@ -78,6 +78,14 @@ def check_data(data: Any, config: TrainConfig, num_ranks: int) -> None:
         check_batch_size(config.batch_size, num_ranks, config.micro_batches)
         return
     open_data(data, config, 0, num_ranks)
+
+
+def may_open_anew(data: Any) -> bool:
+    """Whether the data can be looked into and then read from the start, for sure: streams may give samples once."""
+    if isinstance(data, DataLoader):
+        return not isinstance(data.dataset, IterableDataset)
+    has_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return not _is_ray_dataset(data) and (_is_function(data) or has_index)
 
 
 def open_data(data: Any, config: TrainConfig, rank: int, num_ranks: int) -> Source:

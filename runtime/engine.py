@@ -71,6 +71,9 @@ class Engine(PreparedEngine):
             and what it says again (zero, offload, activations, order, update) must be left out.
         predict: measure units and machine before the first step, for `prediction`, also where no choice depends on it.
         example: a batch as `step` gets it: where memory is tight, the plan is then made here, not at the first step.
+        shares: f(data ranks) -> this rank's samples of the example's batch where so many ranks share it out: pipelines
+            are then looked at too. `better` is the one that is faster than any plan of this engine, which cannot step
+            then: one with `plan=better.plan` can, and `foresee(better)` gives it its prediction.
 
     Raises:
         ValueError: arguments that cannot be, a model without trainable parameters, an optimizer that cannot be sharded.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from ..memory.tiers import Tiers
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import Mesh
 from ..parallel.units import ROOT, Unit
-from ..scheduler.assessment import Open
+from ..scheduler.assessment import Open, describe
 from ..scheduler.counting import choose_count, possible_counts
 from ..scheduler.ledger import Ledger
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
@@ -50,6 +51,7 @@ from .unit_hooks import UnitHooks
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .filling import Filler
+    from .layouts import Better
     from .pipelining import Pipeline
 
 __all__ = ["FirstBatch"]
@@ -100,6 +102,9 @@ class FirstBatch(ABC):
     _has_budget: bool
     _opens_zero: bool
     _opens_count: bool
+    _zero: int | None
+    _shares: Callable[[int], Any] | None
+    better: "Better | None"
 
     @property
     def state(self) -> ModelState:
@@ -146,8 +151,17 @@ class FirstBatch(ABC):
         if self._pipeline is not None:
             self._compile_pipeline(self._pipeline, split_batch(batch, self.plan.micro_batches)[0])
             return
-        self._choose(batch)
-        self._carry_out()
+        base, refused = self.plan, None
+        try:
+            self._choose(batch)
+        except DoesNotFit as error:
+            refused = error
+        if self._shares is not None:
+            self._look_at_pipelines(base, self._shares, refused)
+        if self.better is None and refused is not None:
+            raise refused
+        if self.better is None:
+            self._carry_out()
 
     def _choose(self, batch: Any) -> None:
         """The plan and its program."""
@@ -160,6 +174,44 @@ class FirstBatch(ABC):
         self.prediction, self.prediction_note = planned.prediction, planned.note
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
         self.predicted, self.predicted_device = planned.ledger, planned.device
+
+    def _look_at_pipelines(self, base: Plan, shares: Callable[[int], Any], refused: DoesNotFit | None) -> None:
+        """Pipelines beside the plan that was found, if any: `better` is the one that is faster. Collective.
+
+        Nothing is compared where seconds could not be measured, where the memory that units compute in is apart, and
+        where the caller said in which order a rank's micro-batches go.
+        """
+        known = self.prediction is not None or refused is not None
+        if not known or self.transport is None or self._tiers is not None or self._constraints.order is not None:
+            return
+        from .layouts import PipelineSearch
+
+        assert self.memory.host_bytes is not None
+        search = PipelineSearch(
+            self.model, self._units, self._passage, self._shapes, self._optimizer, self._original_dtypes, base,
+            self._constraints.open(self.memory), self._zero, self._opens_count, self.memory.host_bytes,
+            self._mesh.rank, self.transport, self._record, shares,
+        )  # fmt: skip
+        best_s = inf if self.prediction is None else self.prediction.seconds
+        fates = () if self.prediction is None else self.prediction.fates
+        self.better, pipelines = search.run(best_s, fates, describe(self.plan))
+        if self.prediction is not None:
+            self.prediction = replace(self.prediction, fates=pipelines)
+
+    def foresee(self, better: "Better") -> None:
+        """What a step of this pipeline takes, from what it was chosen by: `prediction`. Collective."""
+        assert self._pipeline is not None
+        played = self._pipeline.foresee(self.plan.micro_batches, better.runs, better.elem_s)
+        if played is None:
+            self.prediction_note = "a step of several pipelines beside each other is not played action by action"
+            return
+        self.prediction = Prediction(played, {}, (), self.unit_names, better.fates)
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the unit runs, as `F12.0` counts them; none before the first step."""
+        calls = self._trace.calls if self._trace is not None else ()
+        return tuple(self._units[call.unit].name for call in calls)
 
     def _choose_count(self, batch: Any) -> Planned:
         """The best plan of any number of micro-batches, with a fate for each number. Collective."""
@@ -241,7 +293,8 @@ class FirstBatch(ABC):
         assert chosen is not None
         dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
         self._layouts, parts = pipeline.layouts(self._trace, chosen, part, dtypes)
-        decision = self.plan.chunks[0]
+        homes = (Home.DISK, Home.HOST)  # of a plan that was written down, one that no other stage shares
+        decision = min(self.plan.chunks, key=lambda chunk: homes.index(chunk.parameter_home))
         tied = replace(decision, parameter_home=Home.HOST)  # their gradients are summed behind their last use
         chunks = tuple(tied if layout.index in parts.peers else decision for layout in self._layouts)
         self.plan = replace(self.plan, chunks=chunks)
@@ -255,6 +308,11 @@ class FirstBatch(ABC):
         )
         self._held = shape.held
         self._program = pipeline.program(self.plan.micro_batches)
+        self._carry_out_stages(pipeline)
+
+    def _carry_out_stages(self, pipeline: "Pipeline") -> None:
+        """Make what the program works with."""
+        assert self._program is not None
         self.state.keep_between_steps(self._program.kept)
         if self._program.actions(Kind.SAVE):
             self._tier = self._tier or open_tier(self.memory, self._run_name, self._mesh.rank, {})

@@ -42,14 +42,9 @@ def check_alone(plan: Plan, **words: object) -> None:
             f"plan= decides everything about memory, and {', '.join(f'{name}=' for name in given)} would decide it "
             f"again: leave {'it' if len(given) == 1 else 'them'} out, or plan="
         )
-    if plan.pipeline is not None:
-        raise ValueError(
-            "the plan spreads the model over a pipeline, whose stages are measured where they run: give pipeline= and "
-            "schedule= instead of plan="
-        )
 
 
-def check_given(plan: Plan, base: Plan, num_units: int, memory: Memory, pipeline: int) -> None:
+def check_given(plan: Plan, base: Plan, num_units: int, memory: Memory) -> None:
     """Raise ValueError where a plan is for another model, training or machine than `base`, which says these."""
     names = {
         "world_size": "ranks",
@@ -62,7 +57,8 @@ def check_given(plan: Plan, base: Plan, num_units: int, memory: Memory, pipeline
         ours, theirs = getattr(base, name), getattr(plan, name)
         if ours != theirs:
             raise ValueError(f"the plan was made for {words}: {theirs}, and this training has {ours}; plan it again")
-    if len(plan.chunks) != len(base.chunks):
+    # A rank of a pipeline has chunks of its own stages: how they are treated is what such a plan says of them.
+    if plan.pipeline is None and len(plan.chunks) != len(base.chunks):
         raise ValueError(
             f"the plan decides about {len(plan.chunks)} chunks, and this model has {len(base.chunks)}: it was made for "
             "another model, or for other units"
@@ -74,5 +70,3 @@ def check_given(plan: Plan, base: Plan, num_units: int, memory: Memory, pipeline
         )
     if plan.uses_disk and memory.disk is None:
         raise ValueError("the plan puts state on disk: give memory=Memory(disk='/a/folder/on/a/disk')")
-    if pipeline > 1:
-        raise ValueError("plan= and pipeline= cannot be together: a pipeline is planned where it runs")

@@ -27,13 +27,23 @@ from .recompute import Recomputed
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from ..parallel.mail import Mail
     from ..parallel.mesh import Mesh
     from .filling import Filler
     from .passage import Passage
     from .pipeline_words import PipelineWords
     from .pipelining import Pipeline
 
-__all__ = ["fill_with", "lay_out", "open_moves", "open_pipeline", "open_state", "open_tier", "recompute_units"]
+__all__ = [
+    "fill_with",
+    "lay_out",
+    "open_mail",
+    "open_moves",
+    "open_pipeline",
+    "open_state",
+    "open_tier",
+    "recompute_units",
+]
 
 
 def open_tier(
@@ -58,9 +68,29 @@ def open_pipeline(
     """What a rank of a pipeline has beside other engines; None where there is none."""
     if words.num_ranks == 1:
         return None
-    from .pipelining import Pipeline, open_mail
+    from .pipelining import Pipeline
 
     return Pipeline(words, mesh, open_mail(mesh, transport), model, units, passage, shapes)
+
+
+def open_mail(mesh: "Mesh", transport: str | None) -> "Mail":
+    """The mail of this rank's pipeline. Collective.
+
+    Raises:
+        ValueError: shared memory was asked for where ranks cannot share it.
+    """
+    from ..parallel.mail import SharedMail
+    from ..parallel.message_mail import MessageMail
+
+    assert mesh.pipeline_group is not None
+    if transport == "gloo":
+        return MessageMail(mesh.pipeline_group)
+    try:
+        return SharedMail(mesh.pipeline_group)
+    except OSError as error:
+        if transport is not None:
+            raise ValueError(f"transport={transport!r}: {error}; use transport='gloo'") from None
+        return MessageMail(mesh.pipeline_group)
 
 
 def lay_out(program: Program, tier: DiskTier | None, tiers: Tiers | None) -> None:

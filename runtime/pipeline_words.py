@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..scheduler.pipelines import LOOP_NAMES, NAMES
+from ..scheduler.plan import PipelinePlan
 
 __all__ = ["PipelineWords"]
 
@@ -20,12 +21,19 @@ class PipelineWords:
         schedule: a name of `scheduler/pipelines.py`; None: 1f1b.
         chunks: stages on each rank of a loop.
         stages: names of the units that stages begin with; None: cut by measured costs.
+        given: all of it, in a plan that is run as it stands.
     """
 
     num_ranks: int = 1
     schedule: str | None = None
     chunks: int | None = None
     stages: Sequence[str] | None = None
+    given: PipelinePlan | None = None
+
+    @classmethod
+    def of(cls, plan: PipelinePlan) -> "PipelineWords":
+        """What a plan says."""
+        return cls(plan.num_ranks, plan.schedule, given=plan)
 
     def check(self, activations: str | Sequence[str] | None = None, order: str | None = None) -> None:
         """Raise ValueError where the words cannot be, whatever the model.

@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_leaves
 from ..memory.chunk import ChunkLayout
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action
-from ..parallel.mail import Mail, SharedMail
+from ..parallel.mail import Mail
 from ..parallel.mesh import Mesh
-from ..parallel.message_mail import MessageMail
 from ..parallel.stage_chunks import holders_of, stage_chunks
 from ..parallel.units import Unit
-from ..scheduler.dataflow import Flow, check_borders, trace_flow
+from ..scheduler.dataflow import Flow, check_borders, may_begin, trace_flow
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
 from ..scheduler.pipeline_check import validate
 from ..scheduler.pipeline_data import Schedule
@@ -29,7 +28,7 @@ from ..scheduler.pipeline_program import Stages, compile_stages
 from ..scheduler.plan import Activations, PipelinePlan, Plan
 from ..scheduler.program import Program, StepShape
 from ..scheduler.rank_check import check_ranks
-from ..scheduler.stage_choice import choose_stages, schedule_of
+from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
 from ..scheduler.stage_memory import StageMemory
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
@@ -41,31 +40,14 @@ from .model_state import ModelState
 from .passage import Passage
 from .pipeline_words import PipelineWords
 from .stage_pass import MicroBatch, StagePasses
-from .stage_planning import Limits, StageFigures, fit_stages
-from .stage_seconds import elem_seconds, hosts_of, play_step, unit_seconds
+from .stage_planning import FIXED, Limits, StageFigures, checked, fit_stages
+from .stage_seconds import ElemSeconds, elem_seconds, hosts_of, play_step, unit_seconds
 from .stage_state import StageParts
 from .step_shape import step_shape
 from .unit_costs import UnitTimer
 from .unit_hooks import UnitHooks
 
-__all__ = ["Pipeline", "open_mail"]
-
-
-def open_mail(mesh: Mesh, transport: str | None) -> Mail:
-    """The mail of this rank's pipeline. Collective.
-
-    Raises:
-        ValueError: shared memory was asked for where ranks cannot share it.
-    """
-    assert mesh.pipeline_group is not None
-    if transport == "gloo":
-        return MessageMail(mesh.pipeline_group)
-    try:
-        return SharedMail(mesh.pipeline_group)
-    except OSError as error:
-        if transport is not None:
-            raise ValueError(f"transport={transport!r}: {error}; use transport='gloo'") from None
-        return MessageMail(mesh.pipeline_group)
+__all__ = ["Pipeline"]
 
 
 class Pipeline:
@@ -117,7 +99,10 @@ class Pipeline:
         flow = self._flow(part)
         names = [self._units[call.unit].name for call in trace.calls]
         starts = self._given_starts(names)
-        allowed = [self._may_start(flow, names, run) for run in range(len(names))]
+        if self._words.given is not None:
+            self._check_given(self._words.given, plan, trace, flow, part, limits)
+            return replace(plan, pipeline=self._words.given)
+        allowed = [may_begin(flow, names, run) for run in range(len(names))]
         self._trace = trace
         seconds, hosts = unit_seconds(self._timer(part), self._mesh), hosts_of(self._mesh)
         name, ranks = self._words.schedule or "1f1b", self._mesh.num_pipeline
@@ -136,6 +121,20 @@ class Pipeline:
             plan, chosen = fit_stages(plan, len(self._units), figures, cut, copies)
         check_borders(flow, names, chosen.starts)
         return replace(plan, pipeline=replace(chosen, copies_to_disk=copies))
+
+    def _check_given(
+        self, given: PipelinePlan, plan: Plan, trace: Trace, flow: Flow, part: Any, limits: Limits | None
+    ) -> None:
+        """Raise where a plan is of another model, or does not fit. Collective."""
+        if given.starts[-1] >= len(trace.calls):
+            raise ValueError(f"the plan cuts at unit run {given.starts[-1]}, and this model has {len(trace.calls)}")
+        check_borders(flow, [self._units[call.unit].name for call in trace.calls], given.starts)
+        if limits is None:
+            return
+        limits = replace(limits, process_bytes=self._most(limits.process_bytes), open=FIXED)
+        figures = StageFigures(trace, flow, self._profile(part), self._shapes, limits)
+        order = schedule_of(given, plan.micro_batches)
+        fit_stages(plan, len(self._units), figures, lambda memory: checked(given, order, memory), given.copies_to_disk)
 
     def _most(self, num_bytes: int) -> int:
         """Of all ranks."""
@@ -157,15 +156,6 @@ class Pipeline:
                 raise ValueError(f"stages: {name!r} is no unit that this model runs; it runs {', '.join(names)}")
             starts.append(names.index(name))
         return starts if starts and starts[0] == 0 else [0, *starts]
-
-    def _may_start(self, flow: Flow, names: Sequence[str], run: int) -> bool:
-        if run == 0:
-            return True
-        try:
-            check_borders(flow, names, [0, run])
-        except ValueError:
-            return False
-        return True
 
     def layouts(
         self, trace: Trace, plan: PipelinePlan, part: Any, dtypes: Mapping[str, torch.dtype]
@@ -324,15 +314,25 @@ class Pipeline:
         Returns:
             None where a step does what is not timed here: moves to disk, exchanges between data ranks.
         """
-        num_elems = [layout.num_elems * layout.trainable for layout in self._layouts]
-        rows: list[Any] = [None] * self._mesh.num_ranks
-        dist.all_gather_object(rows, (self.program(micro_batches).text(), num_elems))
-        texts, elems = zip(*rows[self._mesh.data_rank :: self._mesh.num_data], strict=True)
-        programs = [Program.parse(text) for text in texts]
+        programs, elems = self._all_programs(micro_batches)
         kinds = {instruction.action.kind for program in programs for instruction in program.instructions}
         runs = unit_seconds(self._timer(part), self._mesh, kinds)
         played = play_step(programs, runs, hosts_of(self._mesh), elem_seconds(alone), elems)
         return None if played is None else played[self._mesh.pipeline_rank]
+
+    def foresee(self, micro_batches: int, runs: Sequence[UnitSeconds], elem_s: ElemSeconds) -> Timeline | None:
+        """As `predict`, from units that were timed before. Collective."""
+        programs, elems = self._all_programs(micro_batches)
+        played = play_step(programs, runs, hosts_of(self._mesh), elem_s, elems)
+        return None if played is None else played[self._mesh.pipeline_rank]
+
+    def _all_programs(self, micro_batches: int) -> tuple[list[Program], list[list[int]]]:
+        """Of this rank's pipeline, with the elements of their chunks. Collective."""
+        num_elems = [layout.num_elems * layout.trainable for layout in self._layouts]
+        rows: list[Any] = [None] * self._mesh.num_ranks
+        dist.all_gather_object(rows, (self.program(micro_batches).text(), num_elems))
+        texts, elems = zip(*rows[self._mesh.data_rank :: self._mesh.num_data], strict=True)
+        return [Program.parse(text) for text in texts], list(elems)
 
     def micro_batches(self, micro: Sequence[Any], samples: int) -> list[MicroBatch]:
         """The parts of a rank's batch, with what flows through the stages in each."""

@@ -57,7 +57,7 @@ def plan_run(job: Job, config: RuntimeConfig) -> Planning:
     from .api import check_job
     from .worker import Place, train_rank
 
-    if job.config.pipeline > 1:
+    if (job.config.pipeline or 1) > 1:
         raise ValueError(
             "a pipeline's stages are cut where they run: leave pipeline= out to plan the ranks of one stage, or look "
             "at schedules with `outgrow schedule`"

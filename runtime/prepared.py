@@ -44,6 +44,7 @@ from .turns import Turns
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .filling import Filler
+    from .layouts import Better
     from .stage_pass import MicroBatch
 
 __all__ = ["PreparedEngine"]
@@ -81,6 +82,7 @@ class PreparedEngine(FirstBatch):
         stages: Sequence[str] | None = None,
         plan: Plan | None = None,
         predict: bool = False,
+        shares: Callable[[int], Any] | None = None,
     ) -> None:
         self._opens_count = micro_batches == "auto" and plan is None
         if micro_batches == "auto":
@@ -89,9 +91,17 @@ class PreparedEngine(FirstBatch):
         assert isinstance(micro_batches, int)
         words = PipelineWords(pipeline, schedule, chunks, stages)
         words.check(activations, order)
-        if pipeline > 1 and micro_batches == "auto":
+        if plan is not None:
+            check_alone(
+                plan, zero=zero, offload=offload, activations=activations, order=order, update=update,
+                pipeline=None if pipeline == 1 else pipeline,
+            )  # fmt: skip
+            if plan.pipeline is not None:
+                words = PipelineWords.of(plan.pipeline)
+                pipeline = words.num_ranks
+        if pipeline > 1 and self._opens_count:
             raise ValueError(
-                "micro_batches='auto' and pipeline= cannot be together yet: give one of them a number, or leave it out"
+                "micro_batches='auto' has no effect beside pipeline=: give a number, or leave pipeline= out"
             )
         self.model = model
         dtypes = compute_dtypes(model, precision)
@@ -99,10 +109,9 @@ class PreparedEngine(FirstBatch):
         self._mesh = open_mesh(pipeline)
         ranks = self._mesh.num_data
         self._layouts = assign_chunks(model, self._units, ranks, dtypes)
-        if plan is not None:
-            check_alone(plan, zero=zero, offload=offload, activations=activations, order=order, update=update)
-            zero = plan.zero
-        self._opens_zero = zero is None and ranks > 1
+        self._zero, self._shares = zero, shares
+        self._opens_zero = zero is None and plan is None and ranks > 1
+        zero = plan.zero if plan is not None else zero
         zero = zero if zero is not None else (3 if ranks > 1 else 0)
         clips = clip_grad_norm is not None
         self._has_budget = memory is not None and memory.host is not None
@@ -112,7 +121,7 @@ class PreparedEngine(FirstBatch):
         base = plan_for_zero(self._layouts, zero, ranks, micro_batches, precision, clips)
         base = replace(base, unified=not self.memory.is_separate)
         if plan is not None:
-            check_given(plan, base, len(self._units), self.memory, pipeline)
+            check_given(plan, base, len(self._units), self.memory)
         self.plan: Plan = plan or self._constraints.applied(base, len(self._units))
         self._is_given, self._predicts = plan is not None, predict or self._opens_count
         self._optimizer = PiecewiseOptimizer(optimizer, dict(named_trainable(model)))
@@ -129,7 +138,7 @@ class PreparedEngine(FirstBatch):
         self._is_ample = pipeline > 1 or (
             self._tiers is None and self._all_ranks(check_fit(model, self._layouts, self.plan, self.memory))
         )
-        if not self._is_ample or (pipeline > 1 and self._has_budget):
+        if not self._is_ample or (pipeline > 1 and self._has_budget and not self.plan.keeps_freed):
             return_blocks_at_once()
         else:
             keep_freed_blocks()  # for the whole process: the next step uses the same memory again
@@ -184,13 +193,19 @@ class PreparedEngine(FirstBatch):
         self.predicted_device: Ledger | None = None
         self.prediction: Prediction | None = None
         self.prediction_note = ""
+        self.better: Better | None = None
         cast_buffers(model, precision)
         self._pipeline = open_pipeline(words, self._mesh, transport, model, self._units, self._passage, self._shapes)
         if self._pipeline is not None and ranks == 1 and self._pipeline.mail.forgets:
             self._recovery.is_together = False
         open_ = self._open
         # The state has its home, and gradients their place, by these.
-        waits = open_.zero or self._opens_count or (not self._is_ample and (open_.homes or open_.update))
+        waits = (
+            open_.zero
+            or self._opens_count
+            or shares is not None
+            or (not self._is_ample and (open_.homes or open_.update))
+        )
         if self._pipeline is None and not waits:
             self._open_state()
         if example is not None:
@@ -213,12 +228,6 @@ class PreparedEngine(FirstBatch):
     def program(self) -> Program | None:
         """What a step runs; None before the first one."""
         return self._program
-
-    @property
-    def unit_names(self) -> tuple[str, ...]:
-        """Names of the unit runs, as `F12.0` counts them; none before the first step."""
-        calls = self._trace.calls if self._trace is not None else ()
-        return tuple(self._units[call.unit].name for call in calls)
 
 
 def _transport(kind: str | None, group: "dist.ProcessGroup | None") -> "Transport":

@@ -17,14 +17,17 @@ from ..parallel.units import named_trainable
 from ..scheduler.dataflow import Flow
 from ..scheduler.fit import Open, offloaded
 from ..scheduler.memory_profile import MemoryProfile
-from ..scheduler.pipeline_data import ScheduleError
+from ..scheduler.pipeline_data import Schedule, ScheduleError
 from ..scheduler.plan import Activations, Home, PipelinePlan, Plan, UpdateTime
 from ..scheduler.stage_memory import StageMemory
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from .host_figures import RESERVE_BYTES, process_bytes
 
-__all__ = ["Limits", "StageFigures", "fit_stages", "limits_of"]
+__all__ = ["FIXED", "Limits", "StageFigures", "checked", "fit_stages", "limits_of"]
+
+FIXED = Open(homes=False, activations=False, order=False, update=False, may_adapt=False)
+"""Where a plan is run as it stands."""
 
 _NUM_BUFFERS = 3  # of what comes from disk: one that is read, one that is used, one that is written
 _BORDERS = 4  # inputs and outputs of a stage that wait, each way
@@ -160,6 +163,25 @@ def fit_stages(
         "smaller micro-batches (a larger micro_batches=), more pipeline ranks, a schedule that keeps less (v-half, "
         "v-min, 1f1b), a larger budget"
     )
+
+
+def checked(given: PipelinePlan, order: Schedule, memory: StageMemory) -> PipelinePlan:
+    """The stages that are given.
+
+    Args:
+        order: their schedule.
+
+    Raises:
+        ScheduleError: they do not fit.
+    """
+    ends = [*given.starts[1:], len(memory.parameters)]
+    needed = memory.needs(order).ranks(list(zip(given.starts, ends, strict=True)))
+    worst = max(range(given.num_ranks), key=needed.__getitem__)
+    if needed[worst] > memory.limit_bytes:
+        raise ScheduleError(
+            f"the stages of rank {worst} need {needed[worst]:,.0f} bytes, and {memory.limit_bytes:,} are left for them"
+        )
+    return given
 
 
 def _candidates(plan: Plan, open_: Open, num_units: int) -> Iterator[Plan]:

@@ -6,7 +6,7 @@ Owns the order of things: data, model, engine, steps, callbacks, weights. It doe
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..memory.process import read_process_memory
 from ..scheduler.drift import DriftWatch, busy_seconds
 from .building import Built, build_model, fits_beside, meta_buffers, with_placeholders
 from .config import Job, TrainConfig
-from .data import DataError, Share, Source, open_data
+from .data import DataError, Share, Source, may_open_anew, open_data
 from .engine import Engine, StepResult
 from .events import Drifted, Failure, Finished, MemoryHeld, Rows, Sink, Started
 from .filling import Filler, make_filler
@@ -80,14 +80,26 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
     config = job.config
     return_freed_blocks()  # of whatever this process did before
     base_bytes = read_process_memory().resident_bytes
-    num_data = config.num_data(place.num_ranks)
-    source = open_data(job.data, config, place.rank % num_data, num_data)
     memory = (job.memory or Memory()).filled(place.num_local)
     if memory.disk is not None:
         return_blocks_at_once()  # from the first block on: a heap that has grown does not shrink
-    parts = shares(source, config)
+
+    def opened(num_data: int) -> tuple[Source, Iterator[Share]]:
+        source = open_data(job.data, config, place.rank % num_data, num_data)
+        return source, shares(source, config)
+
+    source, parts = opened(job.num_data(place.num_ranks))
     first = next(parts)  # the plan is made for it, before anything is moved
-    engine = progress.engine = _engine(job, memory, Path(run_path).name, first.samples)
+    looks = config.pipeline is None and job.plan is None and place.num_ranks > 1 and may_open_anew(job.data)
+    share = (lambda num_data: next(opened(num_data)[1]).samples) if looks else None
+    engine = progress.engine = _engine(job, memory, Path(run_path).name, first.samples, share)
+    if (better := engine.better) is not None:  # the ranks of a pipeline are given the same samples
+        engine.close()
+        job = job.with_plan(better.plan)
+        source, parts = opened(job.num_data(place.num_ranks))
+        first = next(parts)
+        engine = progress.engine = _engine(job, memory, Path(run_path).name, first.samples)
+        engine.foresee(better)
     prediction = engine.prediction if place.rank == 0 else None
     sink.send(
         Started(
@@ -109,7 +121,7 @@ def _train(job: Job, place: Place, sink: Sink, run_path: str, progress: _Progres
         callback.on_start(engine)
     peak_bytes: dict[str, int] = {}
     step: StepResult | None = None
-    watch = DriftWatch(engine.prediction)
+    watch = DriftWatch(engine.prediction if engine.plan.pipeline is None else None)
     for share in itertools.chain([first], parts):
         step = engine.step(share.samples)
         progress.step = step.step
@@ -140,7 +152,13 @@ def _finished(place: Place, engine: Engine, typical: TypicalStep) -> Finished:
     return Finished(place.rank, trace, engine.statistics().peak_bytes_by_slot)
 
 
-def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Engine:
+def _engine(
+    job: Job, memory: Memory, run_name: str, example: Any = None, share: Callable[[int], Any] | None = None
+) -> Engine:
+    """Args:
+    share: f(data ranks) -> this rank's samples of the first batch where so many share it out; None: no pipelines
+        are looked at.
+    """
     config = job.config
     built = _built(job, memory)
     try:
@@ -157,7 +175,7 @@ def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Eng
             zero=config.zero,
             seed=config.seed,
             units=job.units,
-            pipeline=config.pipeline,
+            pipeline=config.pipeline or 1,
             schedule=config.schedule,
             chunks=config.chunks,
             stages=config.stages,
@@ -168,7 +186,8 @@ def _engine(job: Job, memory: Memory, run_name: str, example: Any = None) -> Eng
             order=config.order,
             example=example,
             plan=job.plan,
-            predict=config.pipeline == 1,
+            predict=(config.pipeline or 1) == 1,
+            shares=share,
         )
     except ValueError as error:
         error.outgrow_argument = True  # type: ignore[attr-defined]  # an argument was refused: the caller gets this very error

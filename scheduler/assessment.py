@@ -129,7 +129,7 @@ def describe(plan: Plan) -> str:
         + (f", {num_moved} offloaded" if num_moved else ""),
     ]
     if plan.micro_batches > 1:
-        parts.append(f"{plan.micro_batches} micro-batches {plan.order}")
+        parts.append(f"{plan.micro_batches} micro-batches" + (f" {plan.order}" if plan.pipeline is None else ""))
     parts.append("updates in the backward pass" if plan.update is UpdateTime.BACKWARD else "updates after it")
     if plan.uses_disk or plan.world_size > 1:
         parts.append(f"prefetch {plan.prefetch}")
@@ -142,6 +142,9 @@ def describe(plan: Plan) -> str:
 
 def _layout(plan: Plan) -> list[str]:
     """How ranks share the work; nothing on one."""
+    if plan.pipeline is not None:
+        count = f"{plan.world_size} pipelines" if plan.world_size > 1 else "a pipeline"
+        return [f"{count} of {plan.pipeline.num_ranks} ranks with schedule {plan.pipeline.schedule}"]
     if plan.world_size == 1:
         return []
     kept = any(chunk.gathered_for is GatheredFor.PASS for chunk in plan.chunks)

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from ..parallel.units import Unit
 from .twin import Shapes, fake_twin, meta_twin
 
-__all__ = ["Flow", "Output", "Source", "TensorSpec", "check_borders", "trace_flow"]
+__all__ = ["Flow", "Output", "Source", "TensorSpec", "check_borders", "may_begin", "trace_flow"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -213,6 +213,17 @@ def _described(value: Any) -> Output:
         for leaf in leaves
     ]
     return Output(tuple(described), structure)
+
+
+def may_begin(flow: Flow, names: Sequence[str], run: int) -> bool:
+    """Whether a stage may begin at a unit run, wherever else the model is cut."""
+    if run == 0:
+        return True
+    try:
+        check_borders(flow, names, [0, run])
+    except ValueError:
+        return False
+    return True
 
 
 def check_borders(flow: Flow, names: Sequence[str], starts: Sequence[int]) -> None:
