@@ -7,6 +7,7 @@ choice (`scheduler/layout_choice.py`), stages that fit (`stage_planning.py`), no
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from ..scheduler.layout_choice import (
     with_recompute,
 )
 from ..scheduler.memory_profile import MemoryProfile, measure_memory
+from ..scheduler.pipeline_data import Schedule, ScheduleError
 from ..scheduler.plan import Activations, PipelinePlan, Plan, with_zero
 from ..scheduler.prediction import Fate
 from ..scheduler.stage_choice import UnitSeconds, choose_stages, schedule_of
@@ -44,7 +46,7 @@ from .host_figures import RESERVE_BYTES
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
 from .profiling import Profiled, Profiler
-from .stage_planning import Limits, StageFigures, fit_stages, limits_of
+from .stage_planning import Limits, StageFigures, checked, fit_stages, limits_of
 from .stage_seconds import ElemSeconds, hosts_of, unit_seconds
 from .unit_costs import UnitTimer
 
@@ -186,18 +188,24 @@ class _Looking:
         allowed = [may_begin(measured.flow, names, run) for run in range(len(names))]
 
         again = [with_recompute(run) for run in runs]
+        orders: dict[PipelinePlan, Schedule] = {}
 
         def cut(memory: StageMemory, recomputes: bool) -> PipelinePlan:
+            """By seconds alone, where that fits: the way to the other cuts is long."""
             costs = again if recomputes else runs
-            return choose_stages(
-                name, layout.num_ranks, layout.micro_batches, costs, allowed=allowed, memory=memory, hosts=hosts
-            )
+            choose = partial(choose_stages, name, layout.num_ranks, layout.micro_batches, costs)
+            try:
+                free = choose(allowed=allowed, hosts=hosts)
+                orders[free] = schedule_of(free, layout.micro_batches)
+                return checked(free, orders[free], memory)
+            except ScheduleError:
+                return choose(allowed=allowed, memory=memory, hosts=hosts)
 
         plan, memory = self._fitting(layout, measured, cut)
         chosen = plan.pipeline
         assert chosen is not None
-        seconds = pipeline_seconds(layout, plan, self._figures(layout, measured))
-        order = schedule_of(chosen, layout.micro_batches)
+        order = orders.get(chosen) or schedule_of(chosen, layout.micro_batches)
+        seconds = pipeline_seconds(layout, plan, order, self._figures(layout, measured))
         ends = [*chosen.starts[1:], len(names)]
         needed = memory.needs(order).ranks(list(zip(chosen.starts, ends, strict=True)))
         peak_bytes = int(max(needed)) + self._limits().process_bytes + RESERVE_BYTES

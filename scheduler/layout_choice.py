@@ -16,12 +16,13 @@ from ..parallel.actions import Kind
 from .assessment import against
 from .cost import TimeProfile
 from .hardware import NetFigures
+from .pipeline_data import Schedule
 from .plan import PipelinePlan, Plan
 from .prediction import Fate
 from .program import Instruction
 from .rank_play import KINDS, RunSeconds, Shared, play_ranks, stage_programs
 from .simulate import Work
-from .stage_choice import UnitSeconds, schedule_of
+from .stage_choice import UnitSeconds
 
 __all__ = [
     "SCHEDULES",
@@ -137,12 +138,15 @@ def floor_seconds(layout: Layout, times: TimeProfile, num_elems: int, update_ele
     return layout.micro_batches * compute_s / layout.num_ranks + update_s
 
 
-def pipeline_seconds(layout: Layout, plan: Plan, figures: LayoutFigures) -> float:
+def pipeline_seconds(layout: Layout, plan: Plan, order: Schedule, figures: LayoutFigures) -> float:
     """A step, played: stages in the order of the schedule, what they send each other, and what follows the last
-    backward pass: updates, and the exchange between pipelines, as if nothing of that ran beside computation."""
+    backward pass: updates, and the exchange between pipelines, as if nothing of that ran beside computation.
+
+    Args:
+        order: of the plan's schedule.
+    """
     pipeline = plan.pipeline
     assert pipeline is not None
-    order = schedule_of(pipeline, layout.micro_batches)
     shared = Shared(pipeline.hosts or tuple(range(layout.num_ranks)))
     together = [(*split, whole) for split, whole in zip(pipeline.seconds, _whole_seconds(pipeline), strict=True)]
     alone = pipeline.alone_s or tuple(together)

@@ -96,8 +96,8 @@ def test_one_for_another_model_or_without_a_disk_is_refused(base: Plan) -> None:
     on_disk = tuple(replace(chunk, optimizer_home=Home.DISK) for chunk in base.chunks)
     with pytest.raises(ValueError, match=r"the plan puts state on disk: give memory=Memory\(disk="):
         engine(plan=replace(base, chunks=on_disk))
-    stages = PipelinePlan(1, "1f1b", (0,), (0,))
-    with pytest.raises(ValueError, match="over a pipeline, whose stages are measured where they run"):
+    stages = PipelinePlan(2, "1f1b", (0, 1), (0, 1))
+    with pytest.raises(ValueError, match="pipeline=2: each pipeline takes so many ranks, and there are 1"):
         engine(plan=replace(base, pipeline=stages))
 
 
