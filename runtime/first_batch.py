@@ -19,6 +19,7 @@ from ..memory.allocator import StepHeap
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
+from ..memory.process import read_process_memory
 from ..memory.tiers import Tiers
 from ..parallel.actions import Action, Kind
 from ..parallel.mesh import Mesh
@@ -27,7 +28,7 @@ from ..scheduler.assessment import Open, describe
 from ..scheduler.counting import choose_count, possible_counts
 from ..scheduler.ledger import Ledger
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan
-from ..scheduler.prediction import Prediction
+from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import Program
 from ..scheduler.trace import Phase, Trace, trace_model
 from .batch import num_samples, split_batch
@@ -50,9 +51,11 @@ from .unit_hooks import UnitHooks
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
+    from ..scheduler.stage_choice import UnitSeconds
     from .filling import Filler
     from .layouts import Better
     from .pipelining import Pipeline
+    from .stage_seconds import ElemSeconds
 
 __all__ = ["FirstBatch"]
 
@@ -201,11 +204,26 @@ class FirstBatch(ABC):
     def foresee(self, better: "Better") -> None:
         """What a step of this pipeline takes, from what it was chosen by: `prediction`. Collective."""
         assert self._pipeline is not None
-        played = self._pipeline.foresee(self.plan.micro_batches, better.runs, better.elem_s)
+        self._foresee(self._pipeline, better.runs, better.elem_s, better.fates)
+
+    def _foresee(
+        self, pipeline: "Pipeline", runs: Sequence["UnitSeconds"], elem_s: "ElemSeconds", fates: tuple[Fate, ...]
+    ) -> None:
+        played = pipeline.foresee(self.plan.micro_batches, runs, elem_s)
         if played is None:
-            self.prediction_note = "a step of several pipelines beside each other is not played action by action"
+            self.prediction_note = "what a pipeline moves to disk or exchanges with others beside it is not foreseen"
             return
-        self.prediction = Prediction(played, {}, (), self.unit_names, better.fates)
+        self.prediction = Prediction(played, {}, (), self.unit_names, fates)
+
+    def _elem_seconds(self, pipeline: "Pipeline") -> "ElemSeconds | None":
+        """Of updates, where they are wanted and a budget leaves room to measure them. Collective."""
+        from .stage_seconds import ELEMS_BYTES, elem_seconds
+
+        if not self._predicts or not pipeline.runs:
+            return None
+        budget = self.memory.host_bytes if self._has_budget else None
+        lacks = budget is not None and budget - read_process_memory().resident_bytes < ELEMS_BYTES
+        return None if pipeline.most(int(lacks)) else elem_seconds(self._optimizer.alone)
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -289,6 +307,7 @@ class FirstBatch(ABC):
         if self._has_budget and budget is not None:
             limits = limits_of(self.model, budget, open_, self._original_dtypes, self._optimizer.slots)
         self.plan = pipeline.choose(self._trace, part, self.plan, limits, self.memory.disk is not None)
+        elem_s = self._elem_seconds(pipeline)
         chosen = self.plan.pipeline
         assert chosen is not None
         dtypes = {item.name: layout.dtype for layout in self._layouts for item in layout.fields}
@@ -308,6 +327,8 @@ class FirstBatch(ABC):
         )
         self._held = shape.held
         self._program = pipeline.program(self.plan.micro_batches)
+        if elem_s is not None:
+            self._foresee(pipeline, pipeline.runs, elem_s, ())
         self._carry_out_stages(pipeline)
 
     def _carry_out_stages(self, pipeline: "Pipeline") -> None:

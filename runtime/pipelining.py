@@ -82,6 +82,7 @@ class Pipeline:
         self._layouts: Sequence[ChunkLayout] = ()
         self._compiled: Any = None
         self.stages: Stages | None = None
+        self.runs: Sequence[UnitSeconds] = ()  # as they were timed for the choice
 
     # ---- before the first step
 
@@ -96,27 +97,26 @@ class Pipeline:
             ValueError: a model that cannot be cut so; says why.
             DoesNotFit: no plan fits into the limits.
         """
-        flow = self._flow(part)
+        flow, self._trace = self._flow(part), trace
         names = [self._units[call.unit].name for call in trace.calls]
         starts = self._given_starts(names)
         if self._words.given is not None:
             self._check_given(self._words.given, plan, trace, flow, part, limits)
             return replace(plan, pipeline=self._words.given)
         allowed = [may_begin(flow, names, run) for run in range(len(names))]
-        self._trace = trace
-        seconds, hosts = unit_seconds(self._timer(part), self._mesh), hosts_of(self._mesh)
+        self.runs, hosts = unit_seconds(self._timer(part), self._mesh), hosts_of(self._mesh)
         name, ranks = self._words.schedule or "1f1b", self._mesh.num_pipeline
 
         def cut(memory: StageMemory | None) -> PipelinePlan:
             return choose_stages(
-                name, ranks, plan.micro_batches, seconds, self._words.chunks, starts, allowed, memory, hosts
+                name, ranks, plan.micro_batches, self.runs, self._words.chunks, starts, allowed, memory, hosts
             )
 
         copies = has_disk and name.startswith("pipeoffload")
         if limits is None:
             chosen = cut(None)
         else:
-            limits = replace(limits, process_bytes=self._most(limits.process_bytes))
+            limits = replace(limits, process_bytes=self.most(limits.process_bytes))
             figures = StageFigures(trace, flow, self._profile(part), self._shapes, limits)
             plan, chosen = fit_stages(plan, len(self._units), figures, cut, copies)
         check_borders(flow, names, chosen.starts)
@@ -131,12 +131,12 @@ class Pipeline:
         check_borders(flow, [self._units[call.unit].name for call in trace.calls], given.starts)
         if limits is None:
             return
-        limits = replace(limits, process_bytes=self._most(limits.process_bytes), open=FIXED)
+        limits = replace(limits, process_bytes=self.most(limits.process_bytes), open=FIXED)
         figures = StageFigures(trace, flow, self._profile(part), self._shapes, limits)
         order = schedule_of(given, plan.micro_batches)
         fit_stages(plan, len(self._units), figures, lambda memory: checked(given, order, memory), given.copies_to_disk)
 
-    def _most(self, num_bytes: int) -> int:
+    def most(self, num_bytes: int) -> int:
         """Of all ranks."""
         rows: list[Any] = [None] * self._mesh.num_ranks
         dist.all_gather_object(rows, num_bytes)

@@ -43,7 +43,11 @@ def print_planning(found: Planning, console: Console) -> None:
         console.print(_fates("Plans that were simulated", others))
     if prediction.what_if:
         console.print(_fates("What more would buy", prediction.what_if))
-    refused = sum(fate.seconds is None for fate in prediction.fates)
+    unplayed = [fate for fate in prediction.fates if fate.seconds is None]
+    layouts = [fate for fate in unplayed if "pipeline" in fate.words]
+    for fate in layouts:
+        console.print(f"{fate.words}: {fate.fate}", highlight=False, markup=False, soft_wrap=True)
+    refused = len(unplayed) - len(layouts)
     if refused:
         console.print(f"{refused} more were refused, as they do not fit.", highlight=False)
     if prediction.took_s:

@@ -57,11 +57,6 @@ def plan_run(job: Job, config: RuntimeConfig) -> Planning:
     from .api import check_job
     from .worker import Place, train_rank
 
-    if (job.config.pipeline or 1) > 1:
-        raise ValueError(
-            "a pipeline's stages are cut where they run: leave pipeline= out to plan the ranks of one stage, or look "
-            "at schedules with `outgrow schedule`"
-        )
     check_job(job, config)
     ear: Any = _Ear()
     with tempfile.TemporaryDirectory(prefix="outgrow-plan-") as storage:

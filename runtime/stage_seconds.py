@@ -25,10 +25,12 @@ from ..scheduler.simulate import Work
 from ..scheduler.stage_choice import UnitSeconds
 from .unit_costs import UnitTimer
 
-__all__ = ["ElemSeconds", "elem_seconds", "hosts_of", "play_step", "unit_seconds"]
+__all__ = ["ELEMS_BYTES", "ElemSeconds", "elem_seconds", "hosts_of", "play_step", "unit_seconds"]
 
 _TOGETHER, _ALONE = 4, 2  # rounds that count
 _ELEMS = 1 << 22  # more than caches hold, with their slots
+ELEMS_BYTES = 10 * 4 * _ELEMS
+"""That `elem_seconds` takes at most, with what an optimizer makes on its way."""
 _PLAYED = frozenset({*KINDS, Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B, Kind.NORM, Kind.STEP, Kind.DROP})
 
 

@@ -186,7 +186,7 @@ def _engine(
             order=config.order,
             example=example,
             plan=job.plan,
-            predict=(config.pipeline or 1) == 1,
+            predict=True,
             shares=share,
         )
     except ValueError as error:

@@ -69,6 +69,9 @@ def test_the_fastest_layout_is_run_with_the_same_result_and_its_plan_runs_again(
     plain, expected = run_ranks(train, 2, str(tmp_path / "plain"), 2, None, words | {"pipeline": 1, "zero": 3})[0]
     assert plain.plan.pipeline is None
     assert losses == pytest.approx(expected, rel=1e-5)
+    by_hand, _ = run_ranks(train, 2, str(tmp_path / "by-hand"), 2, None, words | {"pipeline": 2})[0]
+    assert by_hand.plan.pipeline.schedule == "1f1b"
+    assert Prediction.from_json(by_hand.prediction).timeline.busy_s("compute") > 0
     again, repeated = run_ranks(train, 2, str(tmp_path / "again"), 2, Plan.from_json(plan.to_json()), words)[0]
     assert again.plan.pipeline == plan.pipeline
     assert repeated == losses
