@@ -178,12 +178,11 @@ class TrainConfig:
         for word in each:
             if word not in ACTIVATIONS:
                 raise ValueError(f"activations={word!r}: there is {', '.join(map(repr, ACTIVATIONS))}")
-        if (self.pipeline or 1, self.schedule, self.chunks, self.stages) != (1, None, None, None):
+        size = 1 if self.pipeline is None else self.pipeline
+        if (size, self.schedule, self.chunks, self.stages) != (1, None, None, None):
             from .pipeline_words import PipelineWords
 
-            words = PipelineWords(
-                1 if self.pipeline is None else self.pipeline, self.schedule, self.chunks, self.stages
-            )
+            words = PipelineWords(size, self.schedule, self.chunks, self.stages)
             words.check(self.activations, self.order)
         object.__setattr__(self, "batch_size_given", self.batch_size is not DEFAULT_BATCH_SIZE)
         object.__setattr__(self, "precision", PRECISIONS[self.precision])

@@ -60,7 +60,7 @@ def test_train_arguments():
         "offload": None,
         "activations": None,
         "order": None,
-        "pipeline": 1,
+        "pipeline": None,
         "schedule": None,
         "chunks": None,
         "stages": None,
