@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import inf
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,14 +198,21 @@ class FirstBatch(ABC):
         )  # fmt: skip
         best_s = inf if self.prediction is None else self.prediction.seconds
         fates = () if self.prediction is None else self.prediction.fates
+        began_s = perf_counter()
         self.better, pipelines = search.run(best_s, fates, describe(self.plan))
+        took_s = {"looking at pipelines": perf_counter() - began_s}
         if self.prediction is not None:
-            self.prediction = replace(self.prediction, fates=pipelines)
+            took_s = self.prediction.took_s | took_s
+            self.prediction = replace(self.prediction, fates=pipelines, took_s=took_s)
+        if self.better is not None:
+            self.better = replace(self.better, took_s=took_s)
 
     def foresee(self, better: "Better") -> None:
         """What a step of this pipeline takes, from what it was chosen by: `prediction`. Collective."""
         assert self._pipeline is not None
         self._foresee(self._pipeline, better.runs, better.elem_s, better.fates)
+        if self.prediction is not None:
+            self.prediction = replace(self.prediction, took_s=better.took_s)
 
     def _foresee(
         self, pipeline: "Pipeline", runs: Sequence["UnitSeconds"], elem_s: "ElemSeconds", fates: tuple[Fate, ...]

@@ -6,7 +6,7 @@ choice (`scheduler/layout_choice.py`), stages that fit (`stage_planning.py`), no
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class Better:
         seconds: of a step.
         runs, elem_s: what unit runs and updates took, for what is foreseen of it.
         fates: of all plans that were looked at, this one first.
+        took_s: what was done to come to the plan -> how long it took.
     """
 
     plan: Plan
@@ -79,6 +80,7 @@ class Better:
     runs: tuple[UnitSeconds, ...]
     elem_s: ElemSeconds
     fates: tuple[Fate, ...]
+    took_s: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,14 @@ def data() -> TensorDataset:
     return TensorDataset(*(torch.randn(2 * BATCH, WIDTH, generator=generator) for _ in range(2)))
 
 
-def train(rank: int, folder: str, ranks: int, plan: Plan | None, words: dict[str, Any]) -> tuple[Started, list[float]]:
+def train(
+    rank: int, folder: str, ranks: int, plan: Plan | None, words: dict[str, Any], plans_only: bool = False
+) -> tuple[Started, list[float]]:
     """Two steps as a worker takes them; what it was to do, and the losses."""
     path = Path(folder) / "run"
     path.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(batch_size=BATCH, steps=2, **words)
-    job = Job(config, model(), data(), nn.functional.mse_loss, plan=plan)
+    job = Job(config, model(), data(), nn.functional.mse_loss, plan=plan, plans_only=plans_only)
     kept = Kept()
     train_rank(job, Place(rank, ranks, ranks), kept, str(path))  # pyright: ignore[reportArgumentType]
     assert not [event for event in kept.events if isinstance(event, Failure)]
@@ -69,7 +71,7 @@ def test_the_fastest_layout_is_run_with_the_same_result_and_its_plan_runs_again(
     plain, expected = run_ranks(train, 2, str(tmp_path / "plain"), 2, None, words | {"pipeline": 1, "zero": 3})[0]
     assert plain.plan.pipeline is None
     assert losses == pytest.approx(expected, rel=1e-5)
-    by_hand, _ = run_ranks(train, 2, str(tmp_path / "by-hand"), 2, None, words | {"pipeline": 2})[0]
+    by_hand, _ = run_ranks(train, 2, str(tmp_path / "by-hand"), 2, None, words | {"pipeline": 2}, True)[0]
     assert by_hand.plan.pipeline.schedule == "1f1b"
     assert Prediction.from_json(by_hand.prediction).timeline.busy_s("compute") > 0
     again, repeated = run_ranks(train, 2, str(tmp_path / "again"), 2, Plan.from_json(plan.to_json()), words)[0]
