@@ -7,7 +7,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,27 @@ from .direct_io import AlignedBuffer
 from .disk import DiskStore, ExtentSpec
 from .disk_lanes import Ticket
 
-__all__ = ["DiskSpeed", "measure_disk"]
+__all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
 _ROUNDS = 5
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTimes:
+    """Transfers that a lane does one after the other, as a step has them.
+
+    Attributes:
+        read_s, write_s: (bytes, seconds) of each size, alone, checksums included.
+        read_beside, write_beside: times as long that one takes while other work keeps all cores busy.
+        slowdown: times as long that work takes meanwhile.
+    """
+
+    read_s: tuple[tuple[int, float], ...]
+    write_s: tuple[tuple[int, float], ...]
+    read_beside: float
+    write_beside: float
+    slowdown: float
 
 
 @dataclass(frozen=True)
@@ -30,14 +48,12 @@ class DiskSpeed:
     Attributes:
         read_bytes_per_s, write_bytes_per_s: each lane alone.
         both_bytes_per_s: of the two together, as many bytes read as written at the same time.
-        slowdown: how much longer other work takes while both lanes move bytes; 1 where none was given.
         direct: False where the file system refused O_DIRECT.
     """
 
     read_bytes_per_s: float
     write_bytes_per_s: float
     both_bytes_per_s: float
-    slowdown: float
     direct: bool
     file_system: str
     num_bytes: int
@@ -51,16 +67,12 @@ def measure_disk(
     block_bytes: int = 4 << 20,
     depth: int = 4,
     deadline_s: float = 60.0,
-    beside: Callable[[], object] | None = None,
 ) -> DiskSpeed:
     """Write, then read, then do both at once with about `num_bytes` random bytes in `folder`, checksums included as in
     training, and remove them.
 
     The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
     Takes memory for 12 * depth blocks. Raises what `DiskStore` raises.
-
-    Args:
-        beside: other work, which is timed alone and while both lanes move bytes.
     """
     extent_bytes = 2 * depth * block_bytes
     names = [f"c{index}:param" for index in range(max(_RING, -(-num_bytes // extent_bytes)))]
@@ -77,10 +89,6 @@ def measure_disk(
             write_s = _pass((store.write, names, sources))
             read_s = _pass((store.read, names, targets))
             both_s = _pass((store.write, names[:half], sources), (store.read, names[half : 2 * half], targets))
-            slowdown = 1.0
-            if beside is not None:
-                moves = (store.write, names[:half], sources), (store.read, names[half : 2 * half], targets)
-                slowdown = _slowdown(beside, lambda: _pass(*moves))
             found = store.statistics()
     finally:
         for buffer in buffers:
@@ -90,7 +98,6 @@ def measure_disk(
         read_bytes_per_s=moved_bytes / read_s,
         write_bytes_per_s=moved_bytes / write_s,
         both_bytes_per_s=2 * half * extent_bytes / both_s,
-        slowdown=slowdown,
         direct=found.direct,
         file_system=found.file_system,
         num_bytes=moved_bytes,
@@ -115,26 +122,75 @@ def _pass(*moves: tuple[Callable[[str, AlignedBuffer], Ticket], list[str], list[
     return time.perf_counter() - began_s
 
 
-def _slowdown(work: Callable[[], object], moving: Callable[[], object]) -> float:
-    """How much longer `work` takes while bytes are moved: the median of some rounds, in turns."""
-    ratios = []
-    work()
-    for _ in range(_ROUNDS):
-        alone_s = _seconds(work)
-        is_over = threading.Event()
+def measure_transfers(
+    folder: str | Path,
+    work: Callable[[], object],
+    sizes: Sequence[int] = (2 << 20, 16 << 20),
+    block_bytes: int = 4 << 20,
+    depth: int = 4,
+    deadline_s: float = 60.0,
+) -> TransferTimes:
+    """Time transfers that a lane does one after the other, alone and beside other work.
 
-        def keep_moving(is_over: threading.Event = is_over) -> None:
-            while not is_over.is_set():
-                moving()
+    Args:
+        work: what keeps all cores busy for some tenths of a second.
+        sizes: in bytes, of transfers, the smallest first.
 
-        thread = threading.Thread(target=keep_moving, name="measure-disk")
-        thread.start()
-        try:
-            ratios.append(_seconds(work) / alone_s)
-        finally:
-            is_over.set()
-            thread.join()
-    return max(1.0, statistics.median(ratios))
+    Raises: what `DiskStore` raises.
+    """
+    specs = [ExtentSpec(f"c{index}:param", size) for index, size in enumerate(sizes)]
+    buffers = [AlignedBuffer(size) for size in sizes]
+    pairs = list(zip([spec.name for spec in specs], buffers, strict=True))
+    try:
+        with DiskStore(folder, "measure", 0, specs, block_bytes=block_bytes, depth=depth, deadline_s=deadline_s,
+                       in_flight_bytes=max(sizes)) as store:  # fmt: skip
+            for seed, buffer in enumerate(buffers):
+                buffer.view[:] = np.random.default_rng(seed).bytes(sizes[seed])
+            for name, buffer in pairs:
+                store.write(name, buffer).wait()  # pays for the file system's bookkeeping
+            work()
+            alone, beside, slowdowns = [], [], []
+            for move in (store.read, store.write):
+                alone_s, beside_s, slowdown = _beside(work, move, pairs)
+                alone.append(tuple(zip(sizes, alone_s, strict=True)))
+                beside.append(max(1.0, sum(beside_s) / sum(alone_s)))
+                slowdowns.append(slowdown)
+    finally:
+        for buffer in buffers:
+            buffer.close()
+    return TransferTimes(alone[0], alone[1], beside[0], beside[1], max(1.0, statistics.fmean(slowdowns)))
+
+
+def _beside(
+    work: Callable[[], object], move: Callable[[str, AlignedBuffer], Ticket], pairs: Sequence[tuple[str, AlignedBuffer]]
+) -> tuple[list[float], list[float], float]:
+    """Median seconds of each transfer, alone and beside work, and how much longer that takes; in turns."""
+    alone: list[list[float]] = [[] for _ in pairs]
+    beside: list[list[float]] = [[] for _ in pairs]
+    ratios: list[float] = []
+
+    def move_all(seconds: list[list[float]]) -> None:
+        for (name, buffer), found in zip(pairs, seconds, strict=True):
+            found.append(_seconds(move(name, buffer).wait))
+
+    with ThreadPoolExecutor(1, "measure-disk") as mover:
+        for _ in range(_ROUNDS):
+            for _again in range(2):
+                move_all(alone)
+            work_s = _seconds(work)
+            is_over = threading.Event()
+
+            def keep_moving(is_over: threading.Event = is_over) -> None:
+                while not is_over.is_set():
+                    move_all(beside)
+
+            moved = mover.submit(keep_moving)
+            try:
+                ratios.append(_seconds(work) / work_s)
+            finally:
+                is_over.set()
+            moved.result()
+    return [statistics.median(found) for found in alone], [statistics.median(found) for found in beside], statistics.median(ratios)
 
 
 def _seconds(work: Callable[[], object]) -> float:

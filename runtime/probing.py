@@ -10,13 +10,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..memory.disk_speed import measure_disk
+from ..memory.disk_speed import measure_disk, measure_transfers
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hol
 _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
-_NUM_PRODUCTS = 16  # of 1 GFLOP each, that are timed beside the disk
+_NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
 PROBE_BYTES = 240 << 20  # the most that measuring takes: the disk's blocks and what fills them, more than the tensors
 
 
@@ -115,12 +115,18 @@ def _measure_disk(folder: str) -> DiskFigures:
         for _ in range(_NUM_PRODUCTS):
             torch.nn.functional.gelu(left @ right)
 
-    alone = measure_disk(folder, _DISK_BYTES, beside=compute)
-    small_bytes = 8192
-    small = measure_disk(folder, 64 * small_bytes, block_bytes=small_bytes // 2, depth=1)
-    latency_s = small_bytes * (1 / small.read_bytes_per_s - 1 / alone.read_bytes_per_s)
-    speeds = alone.read_bytes_per_s, alone.write_bytes_per_s, alone.both_bytes_per_s
-    return DiskFigures(*speeds, max(0.0, latency_s), (alone.slowdown - 1) / 2)
+    one = measure_transfers(folder, compute)
+    full = measure_disk(folder, _DISK_BYTES)
+    read_latency_s, read_speed = _fit(one.read_s)
+    write_latency_s, write_speed = _fit(one.write_s)
+    # Two lanes together move as much more than one alone as they do where each has several transfers under way.
+    one_by_one = 2 / (1 / read_speed + 1 / write_speed)
+    several = 2 / (1 / full.read_bytes_per_s + 1 / full.write_bytes_per_s)
+    both_speed = full.both_bytes_per_s / several * one_by_one
+    latency_s = (read_latency_s + write_latency_s) / 2
+    return DiskFigures(
+        read_speed, write_speed, both_speed, latency_s, one.slowdown - 1, one.read_beside, one.write_beside
+    )
 
 
 def _fault_seconds() -> float:
@@ -203,7 +209,7 @@ def measure_net(transport: "Transport") -> NetFigures:
     return NetFigures(gather_speed, gather_latency, reduce_speed, reduce_latency)
 
 
-def _fit(points: list[tuple[int, float]]) -> tuple[float, float]:
+def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Latency and bandwidth by least squares of relative errors (ALGORITHMS 5.1); a negative latency counts as none."""
     weights = [1 / seconds**2 for _, seconds in points]
     total = sum(weights)

@@ -4,7 +4,7 @@ Owns the record and its JSON. Does not own the measurement (`runtime/probing.py`
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 __all__ = ["DiskFigures", "Hardware", "NetFigures"]
 
@@ -14,14 +14,16 @@ class DiskFigures:
     """A disk through the lanes that training uses, checksums included.
 
     Attributes:
-        read_bytes_per_s, write_bytes_per_s: each alone.
+        read_bytes_per_s, write_bytes_per_s: of transfers one after the other, each lane alone.
         both_bytes_per_s: of the two together, as many bytes read as written at the same time.
         latency_s: what a transfer takes beside its bytes.
         cores_share: of what all threads compute with, the part that a lane takes while it moves bytes: checksums, and
             the kernel's work for a request.
+        read_beside, write_beside: times as long that a transfer takes while all threads compute, to which lanes give
+            way.
 
     Raises:
-        ValueError: a bandwidth that is not positive, or a negative latency.
+        ValueError: a bandwidth that is not positive, a negative latency, a transfer that is faster beside computing.
     """
 
     read_bytes_per_s: float
@@ -29,14 +31,18 @@ class DiskFigures:
     both_bytes_per_s: float
     latency_s: float
     cores_share: float
+    read_beside: float
+    write_beside: float
 
     def __post_init__(self) -> None:
         _check_positive(self, "latency_s", "cores_share")
+        if min(self.read_beside, self.write_beside) < 1:
+            raise ValueError(f"{self}: no transfer is faster while all threads compute")
 
     def scaled(self, factor: float) -> "DiskFigures":
         """A disk of so many times the bandwidth."""
         read, write, both = (factor * n for n in (self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s))
-        return DiskFigures(read, write, both, self.latency_s, self.cores_share)
+        return replace(self, read_bytes_per_s=read, write_bytes_per_s=write, both_bytes_per_s=both)
 
     @property
     def both_capacity(self) -> float:
