@@ -29,15 +29,13 @@ class TransferTimes:
     """Transfers that a lane does one after the other, as a step has them.
 
     Attributes:
-        read_s, write_s: (bytes, seconds) of each size, alone, checksums included.
-        read_beside, write_beside: times as long that one takes while other work keeps all cores busy.
-        slowdown: times as long that work takes meanwhile.
+        alone: (bytes, seconds) of each size, checksums included.
+        beside: times as long that one takes while other work keeps all cores busy; at least 1.
+        slowdown: times as long that this work takes meanwhile; at least 1.
     """
 
-    read_s: tuple[tuple[int, float], ...]
-    write_s: tuple[tuple[int, float], ...]
-    read_beside: float
-    write_beside: float
+    alone: tuple[tuple[int, float], ...]
+    beside: float
     slowdown: float
 
 
@@ -129,8 +127,9 @@ def measure_transfers(
     block_bytes: int = 4 << 20,
     depth: int = 4,
     deadline_s: float = 60.0,
-) -> TransferTimes:
-    """Time transfers that a lane does one after the other, alone and beside other work.
+) -> tuple[TransferTimes, TransferTimes, TransferTimes]:
+    """Time transfers that a lane does one after the other, alone and beside other work: reads, writes, and writes of
+    what is copied to the buffer first.
 
     Args:
         work: what keeps all cores busy for some tenths of a second.
@@ -149,29 +148,30 @@ def measure_transfers(
             for name, buffer in pairs:
                 store.write(name, buffer).wait()  # pays for the file system's bookkeeping
             work()
-            alone, beside, slowdowns = [], [], []
-            for move in (store.read, store.write):
-                alone_s, beside_s, slowdown = _beside(work, move, pairs)
-                alone.append(tuple(zip(sizes, alone_s, strict=True)))
-                beside.append(max(1.0, sum(beside_s) / sum(alone_s)))
-                slowdowns.append(slowdown)
+            source = np.ones(max(sizes), dtype=np.uint8)
+
+            def save(name: str, buffer: AlignedBuffer) -> Ticket:
+                np.copyto(np.frombuffer(buffer.view, dtype=np.uint8), source[: len(buffer.view)])
+                return store.write(name, buffer)
+
+            reads, writes, saves = (_beside(work, move, pairs) for move in (store.read, store.write, save))
+            return reads, writes, saves
     finally:
         for buffer in buffers:
             buffer.close()
-    return TransferTimes(alone[0], alone[1], beside[0], beside[1], max(1.0, statistics.fmean(slowdowns)))
 
 
 def _beside(
     work: Callable[[], object], move: Callable[[str, AlignedBuffer], Ticket], pairs: Sequence[tuple[str, AlignedBuffer]]
-) -> tuple[list[float], list[float], float]:
-    """Median seconds of each transfer, alone and beside work, and how much longer that takes; in turns."""
+) -> TransferTimes:
+    """Transfers of each size, alone and beside work; in turns."""
     alone: list[list[float]] = [[] for _ in pairs]
     beside: list[list[float]] = [[] for _ in pairs]
     ratios: list[float] = []
 
     def move_all(seconds: list[list[float]]) -> None:
         for (name, buffer), found in zip(pairs, seconds, strict=True):
-            found.append(_seconds(move(name, buffer).wait))
+            found.append(_seconds(lambda name=name, buffer=buffer: move(name, buffer).wait()))
 
     with ThreadPoolExecutor(1, "measure-disk") as mover:
         for _ in range(_ROUNDS):
@@ -190,7 +190,12 @@ def _beside(
             finally:
                 is_over.set()
             moved.result()
-    return [statistics.median(found) for found in alone], [statistics.median(found) for found in beside], statistics.median(ratios)
+    alone_s, beside_s = ([statistics.median(found) for found in each] for each in (alone, beside))
+    return TransferTimes(
+        tuple((len(buffer.view), seconds) for (_, buffer), seconds in zip(pairs, alone_s, strict=True)),
+        max(1.0, sum(beside_s) / sum(alone_s)),
+        max(1.0, statistics.median(ratios)),
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:

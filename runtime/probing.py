@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..memory.disk_speed import measure_disk, measure_transfers
-from ..scheduler.hardware import DiskFigures, Hardware, NetFigures
+from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
+from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
@@ -115,18 +115,15 @@ def _measure_disk(folder: str) -> DiskFigures:
         for _ in range(_NUM_PRODUCTS):
             torch.nn.functional.gelu(left @ right)
 
-    one = measure_transfers(folder, compute)
+    read, write, save = (_transfers(each) for each in measure_transfers(folder, compute))
     full = measure_disk(folder, _DISK_BYTES)
-    read_latency_s, read_speed = _fit(one.read_s)
-    write_latency_s, write_speed = _fit(one.write_s)
-    # Two lanes together move as much more than one alone as they do where each has several transfers under way.
-    one_by_one = 2 / (1 / read_speed + 1 / write_speed)
-    several = 2 / (1 / full.read_bytes_per_s + 1 / full.write_bytes_per_s)
-    both_speed = full.both_bytes_per_s / several * one_by_one
-    latency_s = (read_latency_s + write_latency_s) / 2
-    return DiskFigures(
-        read_speed, write_speed, both_speed, latency_s, one.slowdown - 1, one.read_beside, one.write_beside
-    )
+    capacity = (1 / full.read_bytes_per_s + 1 / full.write_bytes_per_s) * full.both_bytes_per_s / 2
+    return DiskFigures(read, write, save, min(max(capacity, 1.0), 2.0))  # beyond that it was noise
+
+
+def _transfers(times: TransferTimes) -> Transfers:
+    latency_s, bytes_per_s = _fit(times.alone)
+    return Transfers(bytes_per_s, latency_s, times.beside, times.slowdown - 1)
 
 
 def _fault_seconds() -> float:

@@ -23,6 +23,7 @@ from ..parallel.units import Unit
 from ..scheduler.cost import TimeProfile, UnitSeconds
 from ..scheduler.hardware import Hardware
 from ..scheduler.memory_profile import MemoryProfile
+from ..scheduler.stopwatch import CACHE_BYTES, Stopwatch
 from ..scheduler.trace import InputDtype, Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.unit_times import measure_seconds
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["NotProfiled", "Profiled", "Profiler"]
 
 _SLACK_BYTES = 16 << 20  # of what measuring takes beside tensors
+_PART_FOR_OTHERS = 8  # one in so many bytes of room is for what is walked over between passes
 
 
 class NotProfiled(OutgrowError):
@@ -126,6 +128,9 @@ class Profiler:
         kept = _read(path)
         before = dict(kept)
         shapes, units = self.shapes, self.units
+        others_bytes = CACHE_BYTES if room is None else min(CACHE_BYTES, max(0, room) // _PART_FOR_OTHERS)
+        if room is not None:
+            room -= others_bytes
 
         def has_room(run: int) -> bool:
             if room is None or memory is None:
@@ -143,8 +148,9 @@ class Profiler:
 
         try:
             found = measure_seconds(
-                self.model, units, trace, self.forward, self.loss, part, shapes, self.input_dtype, kept, has_room
-            )
+                self.model, units, trace, self.forward, self.loss, part, shapes, self.input_dtype, kept, has_room,
+                Stopwatch(others_bytes),
+            )  # fmt: skip
         except Exception as error:  # of the user's own code too, on inputs that we made up
             raise NotProfiled(f"the model's units could not be timed: {type(error).__name__}: {error}") from error
         if kept != before:
@@ -178,15 +184,19 @@ def _agreed(found: "tuple[TimeProfile, Hardware] | NotProfiled", transport: "Tra
         raise NotProfiled(f"rank {failed.index(1.0)} could not measure its units or its machine")
     times, hardware = found
     numbers = [-1.0 if number is None else number for unit in times.units for number in asdict(unit).values()]
-    slowest = transport.gather_rows([*numbers, times.loss_s, times.loss_backward_s]).max(dim=0).values.tolist()
+    slowest = (
+        transport.gather_rows([*numbers, times.loss_s, times.loss_backward_s, times.in_turns])
+        .max(dim=0)
+        .values.tolist()
+    )
     size = len(UnitSeconds.__dataclass_fields__)
     runs = tuple(_unit_from(slowest[size * run : size * run + size]) for run in range(len(times.units)))
     hardware = replace(hardware, net=measure_net(transport))
-    return transport.broadcast_object(Profiled(TimeProfile(runs, *slowest[-2:]), hardware))
+    return transport.broadcast_object(Profiled(TimeProfile(runs, *slowest[-3:]), hardware))
 
 
 def _unit_from(numbers: Sequence[float]) -> UnitSeconds:
-    *known, selective_s = numbers
+    *known, selective_s = numbers  # in the order of the fields
     return UnitSeconds(*known, selective_s=None if selective_s < 0 else selective_s)
 
 

@@ -41,7 +41,8 @@ class Turns:
         self._leave = leave
         self._enter = enter
         self._deadline_s = deadline_s
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._awaited: dict[int, threading.Condition] = {}  # one for each: only whose turn it is wakes up
         self._holder: int | None = None
         self._numbers: set[int] = set()
         self._finished: set[int] = set()
@@ -62,6 +63,7 @@ class Turns:
         if not bodies:
             return
         self._numbers = {number for number, _ in bodies}
+        self._awaited = {number: threading.Condition(self._lock) for number in self._numbers}
         self._holder = min(self._numbers)
         self._finished = set()
         num_threads = torch.get_num_threads()
@@ -114,9 +116,11 @@ class Turns:
 
     def _await_turn(self, me: int, action: Action) -> Action | None:
         """Hand over to whose compute action comes next, and wait until that is this micro-batch's own: returned."""
-        with self._changed:
+        with self._lock:
             self._hand_over(me)
-            if not self._changed.wait_for(lambda: self._holder == me or self._failure is not None, self._deadline_s):
+            if not self._awaited[me].wait_for(
+                lambda: self._holder == me or self._failure is not None, self._deadline_s
+            ):
                 raise LaneTimeout(
                     f"{action} waited {self._deadline_s:g} s for its turn; micro-batch {self._holder} has it"
                 )
@@ -125,14 +129,15 @@ class Turns:
             return self._executor.next_compute(self._finished)
 
     def _hand_over(self, me: int) -> None:
-        """Give the turn to the micro-batch that the program has next; those that are over need none."""
+        """Give the turn to the micro-batch that the program has next; those that are over need none. Under the lock."""
         following = self._executor.next_compute(self._finished)
         self._holder = me if following is None or following.micro_batch is None else following.micro_batch
-        self._changed.notify_all()
+        if self._holder in self._awaited:
+            self._awaited[self._holder].notify_all()
 
     def _leave_unfinished(self, me: int) -> None:
         """The program goes on with this micro-batch later, past backward actions that no gradient reached."""
-        with self._changed:
+        with self._lock:
             following = self._executor.next_compute(self._numbers - {me})
         if following is not None:
             self._leave(me)
@@ -143,8 +148,8 @@ class Turns:
         self._local.has_begun = False
         torch.set_num_threads(num_threads)  # torch keeps it for each thread
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: self._holder == number or self._failure is not None)
+            with self._lock:
+                self._awaited[number].wait_for(lambda: self._holder == number or self._failure is not None)
                 if self._failure is not None:
                     return
             body()
@@ -152,12 +157,13 @@ class Turns:
         except _Ended:
             return
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 if self._failure is None:
                     self._failure = error
-                self._changed.notify_all()
+                for awaited in self._awaited.values():
+                    awaited.notify_all()
         else:
-            with self._changed:
+            with self._lock:
                 self._finished.add(number)
                 self._hand_over(number)
 

@@ -8,16 +8,18 @@ updates use in full, units in part), `cores` (what the units of all ranks on the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..parallel.actions import Kind
 from .hardware import Hardware
 from .holdings import is_gathered
-from .plan import Activations, Plan, UpdateTime
+from .plan import Activations, MicroBatchOrder, Plan, UpdateTime
 from .program import Instruction, Lane, StepShape
 from .simulate import Work
 
 __all__ = ["Costs", "TimeProfile", "UnitSeconds"]
+
+_TRANSFERS = (Kind.READ, Kind.WRITE, Kind.SAVE, Kind.LOAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,20 @@ class TimeProfile:
     Attributes:
         units: one for each unit run.
         loss_s, loss_backward_s: of what comes behind the last unit.
+        in_turns: times as long that a pass takes where micro-batches take turns, each in a thread of its own.
+
+    Raises:
+        ValueError: turns that take less.
     """
 
     units: tuple[UnitSeconds, ...]
     loss_s: float = 0.0
     loss_backward_s: float = 0.0
+    in_turns: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.in_turns < 1:
+            raise ValueError(f"turns take at least as long as no turns, not {self.in_turns:g} of that")
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,11 @@ class Costs:
     ranks_here: int = 1
 
     def __call__(self, instruction: Instruction) -> Work:
-        seconds, shares = self._alone(instruction)
         if instruction.action.kind is Kind.DROP:
             return Work(0.0)
-        return Work(seconds + self.hardware.action_s, shares)
+        is_transfer = instruction.action.kind in _TRANSFERS and instruction.lane in (Lane.READ, Lane.WRITE)
+        alone = self._transfer(instruction) if is_transfer else Work(*self._alone(instruction))
+        return replace(alone, seconds=alone.seconds + self.hardware.action_s)
 
     @property
     def capacity(self) -> Callable[[str, int], float]:
@@ -99,9 +111,7 @@ class Costs:
         kind, c = instruction.action.kind, instruction.action.index
         match kind:
             case Kind.F | Kind.B | Kind.I | Kind.W | Kind.R:
-                return self._compute(instruction), {"cores": 1.0}
-            case Kind.READ | Kind.WRITE | Kind.SAVE | Kind.LOAD if instruction.lane in (Lane.READ, Lane.WRITE):
-                return self._transfer(instruction), self._transfer_shares(instruction)
+                return self._compute(instruction) + self._summed_s(instruction), {"cores": 1.0}
             case Kind.UP | Kind.DOWN | Kind.SAVE | Kind.LOAD:
                 return instruction.num_bytes / self.hardware.copy_bytes_per_s, {"memory": 1.0}
             case Kind.GATHER | Kind.REDUCE if c is not None:
@@ -122,8 +132,12 @@ class Costs:
         return unit.recompute_s if word.is_recomputed else 0.0
 
     def _compute(self, instruction: Instruction) -> float:
-        kind, run = instruction.action.kind, instruction.action.index
+        run = instruction.action.index
         assert run is not None
+        takes_turns = self.plan.order is MicroBatchOrder.BY_UNIT and self.plan.micro_batches > 1
+        return self._pass_s(instruction.action.kind, run) * (self.profile.in_turns if takes_turns else 1.0)
+
+    def _pass_s(self, kind: Kind, run: int) -> float:
         unit = self.profile.units[run]
         match kind:
             case Kind.F:
@@ -139,27 +153,27 @@ class Costs:
             case _:
                 return unit.recompute_s
 
-    def _transfer(self, instruction: Instruction) -> float:
+    def _summed_s(self, instruction: Instruction) -> float:
+        """What a backward pass takes to add to the gradients of earlier micro-batches, where nothing else does."""
+        kind, run, micro_batch = instruction.action.kind, instruction.action.index, instruction.action.micro_batch
+        if kind not in (Kind.B, Kind.W) or not micro_batch or self.plan.world_size > 1:
+            return 0.0
+        assert run is not None
+        chunks = [c for c in self.shape.units[run].chunks if not self.plan.updates_on_host(c)]
+        num_bytes = sum(self.shape.chunks[c].num_bytes for c in chunks if self.shape.chunks[c].trainable)
+        return num_bytes / self.hardware.sum_bytes_per_s
+
+    def _transfer(self, instruction: Instruction) -> Work:
+        """What gives way to computing takes longer beside it, and slows it by what it still uses of the cores."""
         disk = self.hardware.disk
         if disk is None:
             raise ValueError(f"{instruction.action}: no disk was measured, so nothing can be said of its seconds")
         if not instruction.num_bytes:
-            return 0.0  # it is there already
-        speed = disk.read_bytes_per_s if instruction.lane is Lane.READ else disk.write_bytes_per_s
-        return disk.latency_s + instruction.num_bytes / speed + self._copied_s(instruction)
-
-    def _transfer_shares(self, instruction: Instruction) -> dict[str, float]:
-        """A copy before a write takes one thread whole; a kernel of all threads waits for the one that shares."""
-        disk = self.hardware.disk
-        if disk is None or not instruction.num_bytes:
-            return {}
-        copied_s = self._copied_s(instruction)
-        moved_s = self._transfer(instruction) - copied_s
-        share = (disk.cores_share * moved_s + copied_s) / (moved_s + copied_s)
-        return {"disk": float(self.ranks_here), "cores": share * self.ranks_here}
-
-    def _copied_s(self, instruction: Instruction) -> float:
-        return (instruction.action.kind is Kind.SAVE) * instruction.num_bytes / self.hardware.copy_bytes_per_s
+            return Work(0.0)  # it is there already
+        is_save = instruction.action.kind is Kind.SAVE
+        kind = disk.read if instruction.lane is Lane.READ else disk.save if is_save else disk.write
+        shares = {"disk": float(self.ranks_here), "cores": kind.cores_share * self.ranks_here}
+        return Work(kind.seconds(instruction.num_bytes), shares, {"cores": kind.beside})
 
     def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> tuple[float, dict[str, float]]:
         net = self.hardware.net

@@ -4,52 +4,79 @@ Owns the record and its JSON. Does not own the measurement (`runtime/probing.py`
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-__all__ = ["DiskFigures", "Hardware", "NetFigures"]
+__all__ = ["DiskFigures", "Hardware", "NetFigures", "Transfers"]
 
 
 @dataclass(frozen=True, slots=True)
-class DiskFigures:
-    """A disk through the lanes that training uses, checksums included.
+class Transfers:
+    """Transfers of one kind through the lane that training uses, one after the other, checksums included.
 
     Attributes:
-        read_bytes_per_s, write_bytes_per_s: of transfers one after the other, each lane alone.
-        both_bytes_per_s: of the two together, as many bytes read as written at the same time.
+        bytes_per_s: alone, beside `latency_s`.
         latency_s: what a transfer takes beside its bytes.
-        cores_share: of what all threads compute with, the part that a lane takes while it moves bytes: checksums, and
+        beside: times as long that one takes while all threads compute, to which lanes give way.
+        cores_share: of what all threads compute with, the part that the lane takes meanwhile: checksums, copies, and
             the kernel's work for a request.
-        read_beside, write_beside: times as long that a transfer takes while all threads compute, to which lanes give
-            way.
 
     Raises:
         ValueError: a bandwidth that is not positive, a negative latency, a transfer that is faster beside computing.
     """
 
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    both_bytes_per_s: float
+    bytes_per_s: float
     latency_s: float
+    beside: float
     cores_share: float
-    read_beside: float
-    write_beside: float
 
     def __post_init__(self) -> None:
         _check_positive(self, "latency_s", "cores_share")
-        if min(self.read_beside, self.write_beside) < 1:
+        if self.beside < 1:
             raise ValueError(f"{self}: no transfer is faster while all threads compute")
+
+    def seconds(self, num_bytes: int) -> float:
+        """Of one, alone."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFigures:
+    """A disk.
+
+    Attributes:
+        read, write: of state, and reads of activations.
+        save: of activations, which are copied first.
+        both_capacity: how much is done when both directions run, in units of one alone: 1 where they share, 2 where
+            they do not meet.
+
+    Raises:
+        ValueError: a capacity that is none.
+    """
+
+    read: Transfers
+    write: Transfers
+    save: Transfers
+    both_capacity: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.both_capacity <= 2:
+            raise ValueError(f"{self}: two directions do as much as one to two of them alone")
 
     def scaled(self, factor: float) -> "DiskFigures":
         """A disk of so many times the bandwidth."""
-        read, write, both = (factor * n for n in (self.read_bytes_per_s, self.write_bytes_per_s, self.both_bytes_per_s))
-        return replace(self, read_bytes_per_s=read, write_bytes_per_s=write, both_bytes_per_s=both)
 
-    @property
-    def both_capacity(self) -> float:
-        """How much is done when both directions run, in units of one alone: 1 where they share, 2 where they do not
-        meet."""
-        done = (1 / self.read_bytes_per_s + 1 / self.write_bytes_per_s) * self.both_bytes_per_s / 2
-        return min(max(done, 1.0), 2.0)  # beyond that it was noise
+        def scaled(each: Transfers) -> Transfers:
+            return replace(each, bytes_per_s=factor * each.bytes_per_s)
+
+        return DiskFigures(scaled(self.read), scaled(self.write), scaled(self.save), self.both_capacity)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "DiskFigures":
+        """From what `asdict` makes of it."""
+        transfers = (Transfers(**fields[name]) for name in ("read", "write", "save"))
+        return cls(*transfers, both_capacity=fields["both_capacity"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +146,7 @@ class Hardware:
         try:
             fields = json.loads(text)
             disk, net = fields.get("disk"), fields.get("net")
-            parts = {"disk": disk and DiskFigures(**disk), "net": net and NetFigures(**net)}
+            parts = {"disk": disk and DiskFigures.from_fields(disk), "net": net and NetFigures(**net)}
             return cls(**{**fields, **parts})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"these are no figures of a machine: {type(error).__name__}: {error}") from error

@@ -38,8 +38,8 @@ def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | Non
                 forward_s=seconds.forward_s,
                 backward_s=seconds.backward_s,
                 recompute_s=seconds.recompute_s,
-                save_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.write_bytes_per_s,
-                load_s=0.0 if disk is None else disk.latency_s + unit.saved_bytes / disk.read_bytes_per_s,
+                save_s=0.0 if disk is None else disk.save.seconds(unit.saved_bytes),
+                load_s=0.0 if disk is None else disk.read.seconds(unit.saved_bytes),
                 selective_bytes=selective,
                 selective_peak_bytes=max(forward.selective_peak_bytes, selective_again),
                 selective_s=seconds.recompute_s if seconds.selective_s is None else seconds.selective_s,
@@ -93,4 +93,5 @@ def without_faults(times: TimeProfile, memory: MemoryProfile, fault_s_per_byte: 
         units,
         less(times.loss_s, memory.loss.churn_bytes),
         less(times.loss_backward_s, memory.loss_backward.churn_bytes),
+        times.in_turns,
     )

@@ -6,7 +6,8 @@ is done, and a step begins when everything of the step before is done but for it
 program.
 
 An action has seconds that it takes alone, and shares of resources that it uses meanwhile (a disk, memory bandwidth,
-cores). Where the shares of what runs add up to more than a resource has, all that use it slow down in proportion.
+cores). Where the shares of what runs add up to more than a resource has, all that use it slow down in proportion, but
+for what gives way to others: that was measured beside them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,6 +21,8 @@ __all__ = ["Change", "Simulated", "Work", "play", "simulate", "simulated_seconds
 
 _EPSILON_S = 1e-12
 
+_Manners = tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]  # what a work shares, where it gives way
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -28,17 +31,22 @@ class Work:
     Attributes:
         seconds: alone.
         shares: resource -> the part of it that is used meanwhile, 0 to 1.
+        gives_way: resource -> how many times as long this takes where others use it that do not give way; their load
+            then does not matter to this.
 
     Raises:
-        ValueError: negative numbers.
+        ValueError: negative numbers; something that is faster where it gives way.
     """
 
     seconds: float
     shares: Mapping[str, float] = field(default_factory=dict)
+    gives_way: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or any(share < 0 for share in self.shares.values()):
             raise ValueError(f"{self}: seconds and shares cannot be negative")
+        if any(factor < 1 for factor in self.gives_way.values()):
+            raise ValueError(f"{self}: what gives way takes longer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +153,10 @@ class _Play:
             for before in instruction.after:
                 self.followers[before].append(position)
         # What runs together goes at the same rates every time.
-        numbers: dict[tuple[tuple[str, float], ...], int] = {}
-        self.sharing = [numbers.setdefault(tuple(work.shares.items()), len(numbers)) for work in works]
-        self.shares = list(numbers)
+        numbers: dict[_Manners, int] = {}
+        manners = [(tuple(work.shares.items()), tuple(work.gives_way.items())) for work in works]
+        self.sharing = [numbers.setdefault(each, len(numbers)) for each in manners]
+        self.manners = list(numbers)
         self.known_rates: dict[tuple[int, ...], list[float]] = {}
 
     def seconds(self) -> float:
@@ -218,16 +227,27 @@ class _Play:
         """How fast each running instruction goes, 1 as alone."""
         running = tuple(self.sharing[self.by_lane[lane][self.next[lane]]] for lane in self.left)
         if running not in self.known_rates:
-            loads: dict[str, tuple[float, int]] = {}
-            for number in running:
-                for resource, share in self.shares[number]:
-                    load, users = loads.get(resource, (0.0, 0))
-                    loads[resource] = load + share, users + 1
-            slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
-            self.known_rates[running] = [
-                1 / max((slow[name] for name, _ in self.shares[number]), default=1.0) for number in running
-            ]
+            self.known_rates[running] = self._rates_of([self.manners[number] for number in running])
         return self.known_rates[running]
+
+    def _rates_of(self, running: Sequence[_Manners]) -> list[float]:
+        loads: dict[str, tuple[float, int]] = {}
+        insisting: set[str] = set()  # resources with a user that does not give way
+        for shares, gives_way in running:
+            insisting.update(name for name, _ in shares if name not in dict(gives_way))
+            for name, share in shares:
+                load, users = loads.get(name, (0.0, 0))
+                loads[name] = load + share, users + 1
+        slow = {name: max(1.0, load / self.capacity(name, users)) for name, (load, users) in loads.items()}
+        rates: list[float] = []
+        for shares, gives_way in running:
+            yielding = dict(gives_way)
+            slows = [
+                yielding.get(name, slow[name]) if name in insisting or name not in yielding else 1.0
+                for name, _ in shares
+            ]
+            rates.append(1 / max(slows, default=1.0))
+        return rates
 
     def _pass_time(self, rates: Sequence[float], passed_s: float) -> None:
         self.now += passed_s

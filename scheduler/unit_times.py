@@ -11,8 +11,6 @@ under which its seconds can be kept: where there is no room to make a unit real,
 import copy
 import hashlib
 import inspect
-import statistics
-import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..memory.errors import DoesNotFit
@@ -28,16 +26,13 @@ from ..parallel.units import Unit
 from .cost import TimeProfile, UnitSeconds
 from .dataflow import Flow, Output, TensorSpec, trace_flow
 from .selective import selective_contexts
+from .stopwatch import Stopwatch, Way, typical
 from .trace import Forward, InputDtype, Loss, Trace
 from .twin import Shapes
 
 __all__ = ["measure_seconds"]
 
-_SHORT_S = 0.3  # rounds that take less begin with one that is not counted
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
 _OFTEN = 2.0  # times as long for a kind that runs more than once: its errors add up
-_SETTLED = 0.02  # standard error of a median, as a part of it
 _TILE_ELEMS = 1 << 20  # of random numbers, which are repeated: they take longer to make than to copy
 
 
@@ -52,6 +47,7 @@ def measure_seconds(
     input_dtype: InputDtype | None = None,
     known: MutableMapping[str, UnitSeconds] | None = None,
     has_room: Callable[[int], bool] = lambda run: True,
+    watch: Stopwatch | None = None,
 ) -> TimeProfile:
     """The profile of one micro-batch. The model, its buffers and the random numbers stay as they are.
 
@@ -60,6 +56,7 @@ def measure_seconds(
         shapes, input_dtype: as in `trace_model`.
         known: seconds by the name of a unit's kind. Those measured now are put there; those that cannot be measured
             now are taken from there.
+        watch: what units are timed with.
         has_room: f(unit run) -> whether there is memory to make it real; f(number of runs): to run the loss alone.
 
     Raises:
@@ -67,10 +64,12 @@ def measure_seconds(
         DoesNotFit: no room for a unit whose seconds are not known either.
         whatever a unit raises on random inputs.
     """
+    watch = watch or Stopwatch()
     flow = trace_flow(model, units, forward, micro_batch, shapes)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kept: MutableMapping[str, UnitSeconds] = {} if known is None else known
     timed: dict[str, UnitSeconds] = {}
+    made: dict[str, _Alone] = {}  # what there is room for
     result = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -82,7 +81,8 @@ def measure_seconds(
         kinds = [_kind(alone) for alone in runs]
         for run, (alone, kind) in enumerate(zip(runs, kinds, strict=True)):
             if kind not in timed and has_room(run):
-                timed[kind] = kept[kind] = _time_unit(alone, kinds.count(kind) > 1)
+                made[kind] = alone
+                timed[kind] = kept[kind] = _time_unit(alone, watch, _OFTEN if kinds.count(kind) > 1 else 1.0)
             elif kind not in timed:
                 if kind not in kept:
                     name = units[trace.calls[run].unit].name
@@ -94,11 +94,15 @@ def measure_seconds(
         loss_s, loss_backward_s = 0.0, 0.0
         loss_kind = f"loss of {_text(flow.outputs[-1])}"
         if has_room(len(trace.calls)):
-            loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch)
+            loss_s, loss_backward_s = _time_loss(flow, loss, micro_batch, watch)
             kept[loss_kind] = UnitSeconds(loss_s, loss_backward_s, 0.0, 0.0)
         elif loss_kind in kept:
             loss_s, loss_backward_s = kept[loss_kind].forward_s, kept[loss_kind].backward_s
-    return TimeProfile(tuple(result), loss_s, loss_backward_s)
+        in_turns = 1.0
+        if made:  # of the kind that takes most of a step
+            most = max(made, key=lambda kind: kinds.count(kind) * (timed[kind].forward_s + timed[kind].backward_s))
+            in_turns = watch.in_turns(_ready(made[most])[0])
+    return TimeProfile(tuple(result), loss_s, loss_backward_s, in_turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,38 +181,29 @@ def _built(given: Output, dtype: torch.dtype | None, needs_grad: bool) -> Any:
     return given.built(tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """One of the ways to run something: what is called, what gets gradients, and what must not for the time being."""
-
-    run: Callable[[], Any]
-    trained: Sequence[Any]
-    frozen: Sequence[nn.Parameter] = ()
-
-    def seconds(self) -> tuple[float, float]:
-        """Of one forward and its backward."""
-        for tensor in (*self.trained, *self.frozen):
-            if isinstance(tensor, torch.Tensor):
-                tensor.grad = None
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-        try:
-            began_s = time.perf_counter()
-            output = self.run()
-            forward_s = time.perf_counter() - began_s
-            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            gradients = tree_map(torch.ones_like, outputs)
-            began_s = time.perf_counter()
-            if outputs:
-                torch.autograd.backward(outputs, gradients)
-            return forward_s, time.perf_counter() - began_s if outputs else 0.0
-        finally:
-            for parameter in self.frozen:
-                parameter.requires_grad_(True)
-
-
-def _time_unit(alone: _Alone, is_often: bool = False) -> UnitSeconds:
+def _time_unit(alone: _Alone, watch: Stopwatch, times_as_long: float = 1.0) -> UnitSeconds:
     """In turns: all of it; without gradients of weights; likewise recomputed selectively."""
+    whole, inputs, weights, selectively = _ready(alone)
+    ways = [whole]
+    if inputs and alone.has_backward:
+        ways += [Way(whole.run, whole.given, inputs, weights), Way(selectively, whole.given, inputs, weights)]
+    rounds = watch.rounds(ways, times_as_long)
+    forward_s, backward_s = (typical([whole[part] for whole, *_ in rounds]) for part in (0, 1))
+    again_s = forward_s if alone.has_backward else 0.0
+    if len(ways) == 1:
+        return UnitSeconds(forward_s, backward_s, backward_s, again_s)
+    # Of differences, those within a round: the machine was as fast in both parts.
+    weight_s = typical([whole[1] - kept[1] for whole, kept, _ in rounds])
+    # What a selective recompute adds: a pass under it less one that keeps everything.
+    selective_s = typical([sum(selective) - sum(kept) for _, kept, selective in rounds])
+    return UnitSeconds(
+        forward_s, backward_s, min(max(0.0, weight_s), backward_s), again_s, min(max(0.0, selective_s), again_s)
+    )
+
+
+def _ready(alone: _Alone) -> tuple[Way, list[torch.Tensor], list[nn.Parameter], Callable[[], Any]]:
+    """A copy of the unit: how to run all of it, the inputs and the weights that get gradients, and a selective
+    recompute of it."""
     twin, has_backward = _real_copy(alone.module, alone.names, alone.shapes), alone.has_backward
     args, kwargs = _built(alone.given, alone.dtype, has_backward)
 
@@ -219,63 +214,18 @@ def _time_unit(alone: _Alone, is_often: bool = False) -> UnitSeconds:
     def selectively() -> Any:
         return checkpoint(twin, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
-    leaves = tree_leaves((args, kwargs))
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     weights = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    ways = [_Way(run, [*leaves, *weights])]
-    if inputs and has_backward:
-        ways += [_Way(run, inputs, weights), _Way(selectively, inputs, weights)]
-    rounds = _rounds_of(ways, _OFTEN if is_often else 1.0)
-    forward_s = statistics.median(whole[0] for whole, *_ in rounds)
-    backward_s = statistics.median(whole[1] for whole, *_ in rounds)
-    again_s = forward_s if has_backward else 0.0
-    if len(ways) == 1:
-        return UnitSeconds(forward_s, backward_s, backward_s, again_s)
-    # Of differences, those within a round: the machine was as fast in both parts.
-    weight_s = statistics.median(whole[1] - kept[1] for whole, kept, _ in rounds)
-    # What a selective recompute adds: a pass under it less one that keeps everything.
-    selective_s = statistics.median(sum(selective) - sum(kept) for _, kept, selective in rounds)
-    return UnitSeconds(
-        forward_s, backward_s, min(max(0.0, weight_s), backward_s), again_s, min(max(0.0, selective_s), again_s)
-    )
+    inputs = [leaf for leaf in given if leaf.requires_grad]
+    return Way(run, given, [*inputs, *weights]), inputs, weights, selectively
 
 
-def _time_loss(flow: Flow, loss: Loss, micro_batch: Any) -> tuple[float, float]:
+def _time_loss(flow: Flow, loss: Loss, micro_batch: Any, watch: Stopwatch) -> tuple[float, float]:
     """The caller's loss on what the last unit returns: what the model itself does behind it counts as nothing."""
     output = _built(flow.outputs[-1], None, True)
+    given = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     try:
-        rounds = _rounds_of([_Way(lambda: loss(output, micro_batch), tree_leaves(output))])
+        (found,) = watch.seconds([Way(lambda: loss(output, micro_batch), given, given)])
     except Exception:  # a loss of something that the model makes of the last unit's output: nothing is known of it
         return 0.0, 0.0
-    return statistics.median(each[0] for (each,) in rounds), statistics.median(each[1] for (each,) in rounds)
-
-
-def _rounds_of(ways: Sequence[_Way], times_as_long: float = 1.0) -> list[list[tuple[float, float]]]:
-    """Forward and backward seconds of each way, in rounds of all, until they have settled: of short ones more are
-    looked at, since a machine changes its speed meanwhile."""
-    rounds: list[list[tuple[float, float]]] = []
-    is_first, spent_s = True, 0.0
-    while not _is_enough(rounds, spent_s / times_as_long):
-        found = [way.seconds() for way in ways]
-        taken_s = sum(map(sum, found))
-        if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up
-            rounds.append(found)
-            spent_s += taken_s
-        is_first = False
-    return rounds
-
-
-def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:
-    is_long, count = spent_s > _MOST_S, len(rounds)
-    if count >= _MOST_ROUNDS or (is_long and count >= _LEAST_ROUNDS):
-        return True
-    if count < _LEAST_ROUNDS - is_long or spent_s < _LEAST_S:
-        return False
-    return all(_is_settled([sum(pair) for pair in column]) for column in zip(*rounds, strict=True))
-
-
-def _is_settled(seconds: Sequence[float]) -> bool:
-    """By the standard error of a median, from the median distance to it."""
-    middle = statistics.median(seconds)
-    spread = 1.48 * statistics.median(abs(each - middle) for each in seconds)
-    return 1.25 * spread / len(seconds) ** 0.5 <= _SETTLED * middle
+    return found

@@ -14,7 +14,7 @@ from outgrow.scheduler.program import Instruction, Lane, Program
 from outgrow.scheduler.simulate import simulate
 
 TWO = chain((0,), (1,))
-DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125, 0.25)
+DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125, 0.25, 1.5, 2.0)
 NET = NetFigures(8 * PAGE, 0.25, 4 * PAGE, 0.5)
 MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.0, DISK, NET)
 PROFILE = TimeProfile((UnitSeconds(1.0, 2.0, 0.5, 0.75), UnitSeconds(4.0, 8.0, 3.0, 3.5)), 0.5, 0.25)

@@ -10,7 +10,7 @@ from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
 from outgrow.scheduler.pieces import choose_for_units, pieces_of, without_faults
 from outgrow.scheduler.plan import Activations
 
-DISK = DiskFigures(1e9, 2e9, 1e9, 0.001, 0.0)
+DISK = DiskFigures(1e9, 2e9, 1e9, 0.001, 0.0, 1.0, 1.0)
 
 
 class Chain(nn.Module):

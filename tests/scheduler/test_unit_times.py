@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from outgrow.parallel.units import find_units
-from outgrow.scheduler import unit_times
+from outgrow.scheduler import stopwatch, unit_times
 from outgrow.scheduler.trace import trace_model
 from outgrow.scheduler.unit_times import measure_seconds
 
@@ -80,7 +80,7 @@ def test_frozen_units_that_no_gradient_reaches_have_no_backward() -> None:
 
 def test_rounds_go_on_until_the_medians_have_settled() -> None:
     def is_enough(*seconds: float) -> bool:
-        return unit_times._is_enough([[(each / 3, 2 * each / 3)] for each in seconds], sum(seconds))
+        return stopwatch._is_enough([[(each / 3, 2 * each / 3)] for each in seconds], sum(seconds))
 
     assert not is_enough(0.1, 0.1), "short, and two only"
     assert is_enough(0.1, 0.1, 0.1)
@@ -93,30 +93,30 @@ def test_rounds_go_on_until_the_medians_have_settled() -> None:
     assert is_enough(2.0, 2.5, 3.0), "no more than three of these"
 
 
-def test_every_way_is_looked_at_in_every_round_and_only_the_first_short_one_is_left_out() -> None:
+def test_every_way_is_looked_at_in_every_round_and_only_the_first_short_one_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     turns = []
+    forwards = {"whole": [0.2, 0.08, 0.09, 0.08], "inputs": [0.02, 0.03, 0.03, 0.04], "long": [1.0, 1.02]}
+    forwards["often"] = [0.3] * 3
 
-    class Way:
-        def __init__(self, name: str, *forwards: float) -> None:
-            self.name, self.forwards = name, list(forwards)
+    def once(_watch: stopwatch.Stopwatch, way: str) -> tuple[float, float]:
+        turns.append(way)
+        return forwards[way].pop(0), 0.02
 
-        def seconds(self) -> tuple[float, float]:
-            turns.append(self.name)
-            return self.forwards.pop(0), 0.02
-
-    ways = [Way("whole", 0.2, 0.08, 0.09, 0.08), Way("inputs", 0.02, 0.03, 0.03, 0.04)]
-    rounds = unit_times._rounds_of(ways)
+    monkeypatch.setattr(stopwatch.Stopwatch, "_once", once)
+    watch = stopwatch.Stopwatch(4)
+    rounds = watch.rounds(["whole", "inputs"])  # pyright: ignore[reportArgumentType]
     assert [[forward_s for forward_s, _ in each] for each in rounds] == [[0.08, 0.03], [0.09, 0.03], [0.08, 0.04]]
     assert turns == ["whole", "inputs"] * 4
-    assert len(unit_times._rounds_of([Way("long", 1.0, 1.02)])) == 2
-    assert len(unit_times._rounds_of([Way("often", *[0.3] * 3)], times_as_long=3)) == 3
+    assert len(watch.rounds(["long"])) == 2  # pyright: ignore[reportArgumentType]
+    assert len(watch.rounds(["often"], times_as_long=3)) == 3  # pyright: ignore[reportArgumentType]
 
 
 def test_frozen_weights_are_trained_again_afterwards() -> None:
     layer = nn.Linear(4, 4)
     x = torch.ones(2, 4, requires_grad=True)
-    way = unit_times._Way(lambda: layer(x), [x], list(layer.parameters()))
-    way.seconds()
+    stopwatch.Stopwatch(4)._once(stopwatch.Way(lambda: layer(x), [x], [x], list(layer.parameters())))
     assert x.grad is not None
     assert layer.weight.grad is None
     assert all(parameter.requires_grad for parameter in layer.parameters())

@@ -1,0 +1,160 @@
+"""How long a unit's passes take, found as a step finds them: what they use was last touched long ago, and machines have
+slower and faster moments.
+
+Owns the rounds of a measurement and what is made of them. Does not own what is timed (`unit_times.py`).
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["CACHE_BYTES", "Stopwatch", "Way", "typical"]
+
+_SHORT_S = 0.3  # rounds that take less begin with one that is not counted
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
+_LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
+_SETTLED = 0.02  # standard error of a median, as a part of it
+_NUM_TURNS = 2
+
+
+def _cache_bytes() -> int:
+    """Of the last cache, as far as it is known; within reason, where a machine has much."""
+    try:
+        known = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (ValueError, OSError):
+        known = 0
+    return min(known, 64 << 20) if known > 0 else 32 << 20
+
+
+CACHE_BYTES = _cache_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One of the ways to run something.
+
+    Attributes:
+        run: the forward pass.
+        given: what it is given, just made by what runs before it.
+        trained: what gets gradients, new ones each time.
+        frozen: what must not for the time being.
+    """
+
+    run: Callable[[], Any]
+    given: Sequence[torch.Tensor]
+    trained: Sequence[torch.Tensor]
+    frozen: Sequence[nn.Parameter] = ()
+
+
+class Stopwatch:
+    """Times passes forward and backward.
+
+    Args:
+        others_bytes: that a step touches between two uses of the same unit; as much, at most a cache's size, is walked
+            over before each pass.
+    """
+
+    def __init__(self, others_bytes: int = CACHE_BYTES) -> None:
+        self._others = torch.ones(max(1, min(others_bytes, CACHE_BYTES) // 4))
+
+    def seconds(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
+        """What forward and backward of each usually take."""
+        return [
+            (typical([forward_s for forward_s, _ in column]), typical([backward_s for _, backward_s in column]))
+            for column in zip(*self.rounds(ways), strict=True)
+        ]
+
+    def rounds(self, ways: Sequence[Way], times_as_long: float = 1.0) -> list[list[tuple[float, float]]]:
+        """Forward and backward seconds of each, in rounds of all, until they have settled: of short ones more are
+        looked at, since a machine changes its speed meanwhile."""
+        rounds: list[list[tuple[float, float]]] = []
+        is_first, spent_s = True, 0.0
+        while not _is_enough(rounds, spent_s / times_as_long):
+            found = [self._once(way) for way in ways]
+            taken_s = sum(map(sum, found))
+            if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up
+                rounds.append(found)
+                spent_s += taken_s
+            is_first = False
+        return rounds
+
+    def in_turns(self, way: Way) -> float:
+        """Times as long that both passes take where threads compute in turns, each with kernels' helpers and their
+        buffers of its own; at least 1."""
+        num_threads = torch.get_num_threads()
+        alone: list[float] = []
+        turns: list[float] = []
+
+        def once() -> float:
+            torch.set_num_threads(num_threads)  # torch keeps it for each thread
+            return sum(self._once(way))
+
+        once()
+        while sum(alone) < _LEAST_S and len(alone) < _MOST_ROUNDS:
+            alone += [once() for _ in range(_NUM_TURNS)]
+            with ExitStack() as stack:  # apart from the ones alone, which a second team would slow too
+                threads = [stack.enter_context(ThreadPoolExecutor(1, "turn")) for _ in range(_NUM_TURNS)]
+                for is_warm in (False, True, True):
+                    found = [thread.submit(once).result() for thread in threads]
+                    turns += found if is_warm else []
+        return max(1.0, typical(turns) / typical(alone))
+
+    def _once(self, way: Way) -> tuple[float, float]:
+        for tensor in (*way.trained, *way.frozen):
+            tensor.grad = None
+        for parameter in way.frozen:
+            parameter.requires_grad_(False)
+        try:
+            self._walk(way.given)
+            began_s = time.perf_counter()
+            output = way.run()
+            forward_s = time.perf_counter() - began_s
+            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            if not outputs:
+                return forward_s, 0.0
+            gradients = [torch.ones_like(leaf) for leaf in outputs]
+            self._walk(gradients)
+            began_s = time.perf_counter()
+            torch.autograd.backward(outputs, gradients)
+            return forward_s, time.perf_counter() - began_s
+        finally:
+            for parameter in way.frozen:
+                parameter.requires_grad_(True)
+
+    def _walk(self, fresh: Sequence[torch.Tensor]) -> None:
+        """Leave in the caches what other units use, and then what is `fresh`."""
+        self._others.sum()
+        for tensor in fresh:
+            tensor.detach().sum()
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The mean without the fastest and the slowest fifth, at least one of each: a step goes through a machine's faster
+    and slower moments too, which a median would leave out, but not through a stall each time."""
+    left_out = max(1, len(seconds) // 5) if len(seconds) > 2 else 0
+    return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
+
+
+def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:
+    is_long, count = spent_s > _MOST_S, len(rounds)
+    if count >= _MOST_ROUNDS or (is_long and count >= _LEAST_ROUNDS):
+        return True
+    if count < _LEAST_ROUNDS - is_long or spent_s < _LEAST_S:
+        return False
+    return all(_is_settled([sum(pair) for pair in column]) for column in zip(*rounds, strict=True))
+
+
+def _is_settled(seconds: Sequence[float]) -> bool:
+    """By the standard error of a median, from the median distance to it."""
+    middle = statistics.median(seconds)
+    spread = 1.48 * statistics.median(abs(each - middle) for each in seconds)
+    return 1.25 * spread / len(seconds) ** 0.5 <= _SETTLED * middle
