@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,7 @@ def _measure(name: str, disk_folder: str | None) -> Hardware:
         4 * _ELEMS / sum_s,
         _ELEMS / update_s,
         _action_seconds(),
+        _turn_seconds(),
         _fault_seconds(),
         None if disk_folder is None else _measure_disk(disk_folder),
     )
@@ -159,6 +161,38 @@ def _action_seconds() -> float:
             executor.finish()
 
         return _median_s(run) / count
+
+
+def _turn_seconds() -> float:
+    """What it takes beside the work of a turn to end it and to begin that of another micro-batch."""
+    from ..parallel.actions import Action, Kind
+    from ..scheduler.program import Instruction, Lane, Program
+    from .executor import Executor
+    from .turns import Turns
+
+    turns_of_each, micro_batches = 20, 2
+    order = [Action(Kind.F, unit, number) for unit in range(turns_of_each) for number in range(micro_batches)]
+    program = Program(tuple(Instruction(a, Lane.COMPUTE, (n - 1,) * (n > 0)) for n, a in enumerate(order)))
+    left, right = torch.ones(512, 512), torch.ones(512, 512)  # kernels with helpers, as units have them
+    with Executor({}) as executor:
+        turns = Turns(executor)
+
+        def body(number: int) -> None:
+            for unit in range(turns_of_each):
+                turns.advance_to(Action(Kind.F, unit, number))
+                torch.mm(left, right)
+
+        def run() -> None:
+            executor.begin(program)
+            turns.run([(number, partial(body, number)) for number in range(micro_batches)])
+            executor.finish()
+
+        try:
+            both_s = _median_s(run)
+        finally:
+            turns.close()
+    product_s = _median_s(lambda: torch.mm(left, right))
+    return max(0.0, both_s / len(order) - product_s)
 
 
 def _median_s(work: Callable[[], object]) -> float:

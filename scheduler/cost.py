@@ -135,7 +135,8 @@ class Costs:
         run = instruction.action.index
         assert run is not None
         takes_turns = self.plan.order is MicroBatchOrder.BY_UNIT and self.plan.micro_batches > 1
-        return self._pass_s(instruction.action.kind, run) * (self.profile.in_turns if takes_turns else 1.0)
+        alone_s = self._pass_s(instruction.action.kind, run)
+        return alone_s * self.profile.in_turns + self.hardware.turn_s if takes_turns else alone_s
 
     def _pass_s(self, kind: Kind, run: int) -> float:
         unit = self.profile.units[run]

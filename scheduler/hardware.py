@@ -111,6 +111,7 @@ class Hardware:
         sum_bytes_per_s: of adding one tensor to another, counted once.
         update_elems_per_s: parameters that a fused AdamW updates.
         action_s: what an action takes beside its work.
+        turn_s: what it takes to hand over to another micro-batch's thread.
         fault_s_per_byte: what the kernel takes to give memory that was not there.
         disk: None where none was measured.
         net: None on one rank.
@@ -125,12 +126,13 @@ class Hardware:
     sum_bytes_per_s: float
     update_elems_per_s: float
     action_s: float
+    turn_s: float
     fault_s_per_byte: float
     disk: DiskFigures | None = None
     net: NetFigures | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, "action_s", "fault_s_per_byte")
+        _check_positive(self, "action_s", "turn_s", "fault_s_per_byte")
 
     def to_json(self) -> str:
         """The figures as JSON text; `from_json` reads it back."""

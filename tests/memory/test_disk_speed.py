@@ -7,7 +7,7 @@ import pytest
 
 from outgrow.memory import disk_speed
 from outgrow.memory.disk import DiskStore
-from outgrow.memory.disk_speed import measure_disk
+from outgrow.memory.disk_speed import measure_disk, measure_transfers
 from outgrow.memory.errors import DiskFull, StoreError
 
 
@@ -26,27 +26,36 @@ def test_it_says_what_it_measured_and_cleans_up(tmp_path: Path, monkeypatch: pyt
     assert speed.write_bytes_per_s > 0
     assert speed.both_bytes_per_s > 0
     assert (speed.num_bytes, speed.block_bytes, speed.depth) == (3 << 20, 64 << 10, 2)
-    assert speed.slowdown == 1.0  # of nothing
     half = 3 << 19
     assert moved == [(2 * (3 << 20) + half, (3 << 20) + half, 3)]  # the first pass of writes is not timed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_work_is_timed_alone_and_while_bytes_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 0.0
-    monkeypatch.setattr(disk_speed.time, "perf_counter", lambda: now_s)
+def test_transfers_are_timed_one_after_the_other_alone_and_beside_work(tmp_path: Path) -> None:
+    worked = []
+    kinds = measure_transfers(tmp_path, lambda: worked.append(0), (4096, 16384), block_bytes=4096, depth=2)
+    for each in kinds:
+        assert [size for size, _ in each.alone] == [4096, 16384]
+        assert all(seconds > 0 for _, seconds in each.alone)
+        assert each.beside >= 1
+        assert each.slowdown >= 1
+    assert len(kinds) == 3, "reads, writes, and writes with a copy"
+    assert len(worked) == 1 + 3 * 2 * disk_speed._ROUNDS, "alone and beside, in turns"
+    assert list(tmp_path.iterdir()) == []
 
-    def work() -> None:  # on a clock of its own: three seconds alone, six while a lane moves bytes
-        nonlocal now_s
-        now_s += 6 if any(each.name == "measure-disk" for each in threading.enumerate()) else 3
 
-    def moving() -> None: ...
+def test_work_that_fails_ends_what_moves_beside_it(tmp_path: Path) -> None:
+    count = 0
 
-    assert disk_speed._slowdown(work, moving) == 2.0
-    assert not any(each.name == "measure-disk" for each in threading.enumerate())
-    monkeypatch.undo()
-    speed = measure_disk(tmp_path, num_bytes=3 << 20, block_bytes=64 << 10, depth=2, beside=lambda: None)
-    assert speed.slowdown >= 1.0
+    def work() -> None:
+        nonlocal count
+        count += 1
+        if count == 3:  # beside the first reads
+            raise RuntimeError("cannot go on")
+
+    with pytest.raises(RuntimeError, match="cannot go on"):
+        measure_transfers(tmp_path, work, (4096, 16384), block_bytes=4096, depth=2)
+    assert not any(each.name.startswith("measure-disk") for each in threading.enumerate())
     assert list(tmp_path.iterdir()) == []
 
 

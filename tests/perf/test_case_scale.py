@@ -51,7 +51,7 @@ def test_steps_are_held_against_disk_and_extrapolated_compute(monkeypatch: pytes
     monkeypatch.setattr(case_scale, "run_confined", run)
     monkeypatch.setattr(case_scale, "disk_folder", lambda given: tmp_path)
     monkeypatch.setattr(
-        disk_speed, "measure_disk", lambda folder: DiskSpeed(100.0, 100.0, 100.0, 1.0, True, "ext4", 1, 1, 1)
+        disk_speed, "measure_disk", lambda folder: DiskSpeed(100.0, 100.0, 100.0, True, "ext4", 1, 1, 1)
     )
     options = Options(num_rounds=2, configs=("3B",), num_blocks=4, budget="2GiB")
     figures = {each.name: each for each in case_scale.run(options, lambda line: None).figures}

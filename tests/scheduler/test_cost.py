@@ -7,16 +7,18 @@ from steps import PAGE, chain, plan_of
 
 from outgrow.parallel.actions import Action
 from outgrow.scheduler.cost import Costs, TimeProfile, UnitSeconds
-from outgrow.scheduler.hardware import DiskFigures, Hardware, NetFigures
+from outgrow.scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
 from outgrow.scheduler.passes import compile_program
-from outgrow.scheduler.plan import Activations, Plan
+from outgrow.scheduler.plan import Activations, MicroBatchOrder, Plan
 from outgrow.scheduler.program import Instruction, Lane, Program
 from outgrow.scheduler.simulate import simulate
 
 TWO = chain((0,), (1,))
-DISK = DiskFigures(4 * PAGE, 2 * PAGE, 10 / 3 * PAGE, 0.125, 0.25, 1.5, 2.0)
+DISK = DiskFigures(
+    Transfers(4 * PAGE, 0.125, 1.5, 0.25), Transfers(2 * PAGE, 0.125, 2.0, 0.125), Transfers(PAGE, 0.25, 1.5, 0.5), 1.25
+)
 NET = NetFigures(8 * PAGE, 0.25, 4 * PAGE, 0.5)
-MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.0, DISK, NET)
+MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.125, 0.0, DISK, NET)
 PROFILE = TimeProfile((UnitSeconds(1.0, 2.0, 0.5, 0.75), UnitSeconds(4.0, 8.0, 3.0, 3.5)), 0.5, 0.25)
 
 
@@ -30,9 +32,29 @@ def seconds(
 def test_units_with_the_loss_in_the_last_forward() -> None:
     assert seconds("F0.0") == 1.0
     assert seconds("F1.0") == 4.75
-    assert seconds("B1.3") == 8.0
+    assert seconds("B1.0") == 8.0
     assert seconds("I1.0") == 5.0
     assert seconds("W1.0") == 3.0
+
+
+def test_later_micro_batches_add_to_the_gradients_of_earlier_ones() -> None:
+    summed_s = PAGE / (32 * PAGE)
+    assert seconds("B1.3") == 8.0 + summed_s
+    assert seconds("W1.3") == 3.0 + summed_s
+    assert seconds("I1.3") == 5.0
+    assert seconds("B1.3", plan_of(TWO, ranks=2)) == 8.0, "REDUCE does it"
+
+
+def test_turns_take_longer_and_are_handed_over() -> None:
+    times = replace(PROFILE, in_turns=1.5)
+    by_unit = replace(plan_of(TWO), order=MicroBatchOrder.BY_UNIT, micro_batches=2)
+    costs = Costs(TWO, by_unit, times, MACHINE, (2048, 1024))
+    forward = Instruction(Action.parse("F0.0"), Lane.COMPUTE)
+    assert costs(forward).seconds == 1.5 + 0.125
+    assert replace(costs, plan=replace(by_unit, micro_batches=1))(forward).seconds == 1.0, "there is one"
+    assert replace(costs, plan=replace(by_unit, order=MicroBatchOrder.SEQUENTIAL))(forward).seconds == 1.0
+    with pytest.raises(ValueError, match=r"not 0\.5 of that"):
+        replace(times, in_turns=0.5)
 
 
 def test_recomputing_comes_with_the_backward() -> None:
@@ -56,7 +78,8 @@ def test_the_disk() -> None:
     assert seconds("READ c0:param", lane=Lane.READ, num_bytes=PAGE) == 0.125 + 0.25
     assert seconds("READ c0:param", lane=Lane.READ) == 0, "it is there already"
     assert seconds("WRITE c0:param", lane=Lane.WRITE, num_bytes=PAGE) == 0.125 + 0.5
-    assert DISK.both_capacity == pytest.approx(1.25), "a page each way takes 0.6 s, and 0.75 s one after the other"
+    assert seconds("SAVE a0.0", lane=Lane.WRITE, num_bytes=PAGE) == 0.25 + 1.0, "with its copy"
+    assert seconds("LOAD a0.0", lane=Lane.READ, num_bytes=PAGE) == 0.125 + 0.25
 
 
 def test_exchange_updates_and_the_norm() -> None:
@@ -83,24 +106,26 @@ def test_reads_and_writes_slow_each_other_as_it_was_measured() -> None:
     program = compile_program(TWO, plan)
     none = TimeProfile((UnitSeconds(0, 0, 0, 0),) * 2)
     costs = Costs(TWO, plan, none, MACHINE, (0, 0))
-    free = replace(DISK, both_bytes_per_s=6 * PAGE)
+    free = replace(DISK, both_capacity=2.0)
     apart = replace(costs, hardware=replace(MACHINE, disk=free))
     assert simulate(program, costs, costs.capacity).seconds > simulate(program, apart, apart.capacity).seconds
 
 
-def test_a_lane_that_moves_bytes_takes_its_part_of_the_cores() -> None:
+def test_a_lane_gives_way_to_computing_and_still_takes_its_part_of_the_cores() -> None:
     costs = Costs(TWO, plan_of(TWO), PROFILE, MACHINE, (1, 1))
     reading = Instruction(Action.parse("READ c0:param"), Lane.READ, (), PAGE)
     assert costs(reading).shares == {"disk": 1.0, "cores": 0.25}
+    assert costs(reading).gives_way == {"cores": 1.5}
     assert costs(replace(reading, num_bytes=0)).shares == {}
     saving = costs(Instruction(Action.parse("SAVE a0.0"), Lane.WRITE, (), PAGE))
-    copied_s, written_s = 1 / 16, 0.125 + 1 / 2  # a copy takes a thread whole
-    assert saving.seconds == pytest.approx(copied_s + written_s + MACHINE.action_s)
-    assert saving.shares["cores"] == pytest.approx((copied_s + 0.25 * written_s) / (copied_s + written_s))
+    assert (saving.shares["cores"], saving.gives_way["cores"]) == (0.5, 1.5)
     computing = Instruction(Action.parse("F0.0"), Lane.COMPUTE, ())
-    apart_s = [costs(each).seconds for each in (computing, reading)]
-    both_s = simulate(Program((computing, reading)), costs, costs.capacity).seconds
-    assert both_s == pytest.approx(1.25 * min(apart_s) + max(apart_s) - min(apart_s))
+    computing_s, reading_s = (costs(each).seconds for each in (computing, reading))
+    together = simulate(Program((computing, reading)), costs, costs.capacity)
+    met_s = 1.5 * reading_s
+    assert together.seconds == pytest.approx(met_s + computing_s - met_s / 1.25)
+    spans = {span.lane: span.end_s for span in together.timeline.spans}
+    assert spans["read"] == pytest.approx(met_s), "as it was measured, whatever else uses the cores"
 
 
 def test_figures_of_a_machine_round_trip_and_are_checked() -> None:
@@ -111,4 +136,8 @@ def test_figures_of_a_machine_round_trip_and_are_checked() -> None:
     with pytest.raises(ValueError, match="copy_bytes_per_s=0"):
         replace(MACHINE, copy_bytes_per_s=0)
     with pytest.raises(ValueError, match="latency_s=-1"):
-        replace(DISK, latency_s=-1)
+        replace(DISK.read, latency_s=-1)
+    with pytest.raises(ValueError, match="no transfer is faster"):
+        replace(DISK.read, beside=0.5)
+    with pytest.raises(ValueError, match="two directions"):
+        replace(DISK, both_capacity=3.0)

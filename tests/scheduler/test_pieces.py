@@ -5,12 +5,14 @@ from torch import nn
 
 from outgrow.parallel.units import find_units
 from outgrow.scheduler.cost import TimeProfile, UnitSeconds
-from outgrow.scheduler.hardware import DiskFigures
+from outgrow.scheduler.hardware import DiskFigures, Transfers
 from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
 from outgrow.scheduler.pieces import choose_for_units, pieces_of, without_faults
 from outgrow.scheduler.plan import Activations
 
-DISK = DiskFigures(1e9, 2e9, 1e9, 0.001, 0.0, 1.0, 1.0)
+DISK = DiskFigures(
+    Transfers(1e9, 0.001, 1.0, 0.0), Transfers(2e9, 0.001, 1.0, 0.0), Transfers(2e9, 0.001, 1.0, 0.0), 1.0
+)
 
 
 class Chain(nn.Module):
@@ -86,6 +88,6 @@ def test_kept_blocks_save_page_faults_for_what_a_unit_makes() -> None:
 
 def test_a_twice_as_fast_disk() -> None:
     twice = DISK.scaled(2.0)
-    assert (twice.read_bytes_per_s, twice.write_bytes_per_s, twice.both_bytes_per_s) == (2e9, 4e9, 2e9)
-    assert twice.latency_s == DISK.latency_s
+    assert [each.bytes_per_s for each in (twice.read, twice.write, twice.save)] == [2e9, 4e9, 4e9]
+    assert twice.read.latency_s == DISK.read.latency_s
     assert twice.both_capacity == DISK.both_capacity

@@ -1,0 +1,76 @@
+"""Rounds of a measurement: what is walked over, when it is enough, what is made of them."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from outgrow.scheduler import stopwatch
+from outgrow.scheduler.stopwatch import CACHE_BYTES, Stopwatch, Way, typical
+
+
+def layer() -> tuple[nn.Linear, Way]:
+    module, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    return module, Way(lambda: module(x), [x], [x, *module.parameters()])
+
+
+def test_the_typical_of_some_seconds() -> None:
+    assert typical([3.0]) == 3.0
+    assert typical([1.0, 3.0]) == 2.0
+    assert typical([1.0, 2.0, 9.0]) == 2.0, "a stall is left out"
+    assert typical([1.0, 2.0, 3.0, 5.0, 90.0]) == pytest.approx(10 / 3), "slower moments are not"
+
+
+def test_both_passes_of_every_way_are_timed_with_new_gradients() -> None:
+    module, whole = layer()
+    weights = list(module.parameters())
+    inputs_only = Way(whole.run, whole.given, whole.given, weights)
+    seen = []
+    watched = Way(lambda: seen.append([w.requires_grad for w in weights]) or module(whole.given[0]), *(
+        whole.given, whole.given, weights))  # fmt: skip
+    found = Stopwatch(1024).seconds([whole, inputs_only, watched])
+    assert len(found) == 3
+    assert all(forward_s > 0 and backward_s > 0 for forward_s, backward_s in found)
+    assert {tuple(each) for each in seen} == {(False, False)}
+    assert all(weight.requires_grad for weight in weights)
+    assert all(weight.grad is None for weight in weights), "the last way made none"
+
+
+def test_what_others_use_is_walked_over_before_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, way = layer()
+    watch = Stopwatch(4096)
+    walked = []
+    walk = watch._walk
+    monkeypatch.setattr(watch, "_walk", lambda fresh: walked.append([tuple(t.shape) for t in fresh]) or walk(fresh))
+    watch._once(way)
+    assert walked == [[(4, 8)], [(4, 8)]], "inputs before the forward pass, gradients before the backward"
+    assert watch._others.nbytes == 4096
+    assert Stopwatch(1 << 40)._others.nbytes <= CACHE_BYTES
+
+
+def test_what_has_no_backward_takes_none() -> None:
+    x = torch.randn(4, 8)
+    ((forward_s, backward_s),) = Stopwatch(4).seconds([Way(lambda: x * 2, [x], [])])
+    assert forward_s > 0
+    assert backward_s == 0
+
+
+def test_rounds_end_when_they_have_settled() -> None:
+    steady, restless = [[(0.05, 0.05)]] * 3, [[(0.01 * 3**n, 0.0)] for n in range(4)]
+    assert stopwatch._is_enough(steady, 0.3)
+    assert not stopwatch._is_enough(steady, 0.2), "too short to be sure"
+    assert not stopwatch._is_enough(steady[:2], 0.3)
+    assert not stopwatch._is_enough(restless, 0.4)
+    assert stopwatch._is_enough(restless, 0.9), "they never will"
+    assert stopwatch._is_enough([[(0.0, 0.0)]] * 30, 0.0)
+
+
+def test_turns_are_taken_in_threads_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, way = layer()
+    names = []
+    watched = Way(lambda: names.append(threading.current_thread().name) or module(way.given[0]), way.given, way.trained)
+    monkeypatch.setattr(stopwatch, "_LEAST_S", 0.0001)
+    assert Stopwatch(4).in_turns(watched) >= 1
+    assert {name.split("_")[0] for name in names} == {"MainThread", "turn"}
+    assert not any(each.name.startswith("turn") for each in threading.enumerate())
