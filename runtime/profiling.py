@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["NotProfiled", "Profiled", "Profiler"]
 
 _SLACK_BYTES = 16 << 20  # of what measuring takes beside tensors
-_PART_FOR_OTHERS = 8  # one in so many bytes of room is for what is walked over between passes
+_TEAMS_BYTES = 32 << 20  # of what kernels' helpers of more threads keep
 
 
 class NotProfiled(OutgrowError):
@@ -128,28 +128,33 @@ class Profiler:
         kept = _read(path)
         before = dict(kept)
         shapes, units = self.shapes, self.units
-        others_bytes = CACHE_BYTES if room is None else min(CACHE_BYTES, max(0, room) // _PART_FOR_OTHERS)
-        if room is not None:
-            room -= others_bytes
 
-        def has_room(run: int) -> bool:
-            if room is None or memory is None:
-                return True
+        def needed_bytes(run: int) -> int:
+            assert memory is not None
             if run == len(memory.units):
                 output_bytes = memory.units[-1].output_bytes
-                return 4 * output_bytes + memory.loss.peak_bytes + memory.loss_backward.peak_bytes <= room
+                return 4 * output_bytes + memory.loss.peak_bytes + memory.loss_backward.peak_bytes
             unit = memory.units[run]
             parameters = 2 * sum(
                 torch.Size(shapes[name][0]).numel() * shapes[name][1].itemsize if name in shapes else parameter.nbytes
                 for name, parameter in _named(units[unit.unit])
             )
             top = max(unit.forward.peak_bytes, unit.saved_bytes + unit.backward.collecting_peak_bytes)
-            return parameters + top + 2 * (unit.input_bytes + unit.output_bytes) <= room
+            return parameters + top + 2 * (unit.input_bytes + unit.output_bytes)
 
+        def has_room(run: int) -> bool:
+            return room is None or memory is None or needed_bytes(run) <= room
+
+        spare_bytes = CACHE_BYTES + _TEAMS_BYTES
+        if room is not None and memory is not None:
+            every = map(needed_bytes, range(len(memory.units) + 1))
+            spare_bytes = max(0, room - max((size for size in every if size <= room), default=0))
+        watch = Stopwatch(min(CACHE_BYTES, spare_bytes))
+        takes_turns = spare_bytes >= CACHE_BYTES + _TEAMS_BYTES
         try:
             found = measure_seconds(
                 self.model, units, trace, self.forward, self.loss, part, shapes, self.input_dtype, kept, has_room,
-                Stopwatch(others_bytes),
+                watch, takes_turns,
             )  # fmt: skip
         except Exception as error:  # of the user's own code too, on inputs that we made up
             raise NotProfiled(f"the model's units could not be timed: {type(error).__name__}: {error}") from error

@@ -48,6 +48,7 @@ def measure_seconds(
     known: MutableMapping[str, UnitSeconds] | None = None,
     has_room: Callable[[int], bool] = lambda run: True,
     watch: Stopwatch | None = None,
+    takes_turns: bool = True,
 ) -> TimeProfile:
     """The profile of one micro-batch. The model, its buffers and the random numbers stay as they are.
 
@@ -57,6 +58,7 @@ def measure_seconds(
         known: seconds by the name of a unit's kind. Those measured now are put there; those that cannot be measured
             now are taken from there.
         watch: what units are timed with.
+        takes_turns: whether threads that compute in turns are timed too; else they count as one.
         has_room: f(unit run) -> whether there is memory to make it real; f(number of runs): to run the loss alone.
 
     Raises:
@@ -99,7 +101,7 @@ def measure_seconds(
         elif loss_kind in kept:
             loss_s, loss_backward_s = kept[loss_kind].forward_s, kept[loss_kind].backward_s
         in_turns = 1.0
-        if made:  # of the kind that takes most of a step
+        if made and takes_turns:  # of the kind that takes most of a step
             most = max(made, key=lambda kind: kinds.count(kind) * (timed[kind].forward_s + timed[kind].backward_s))
             in_turns = watch.in_turns(_ready(made[most])[0])
     return TimeProfile(tuple(result), loss_s, loss_backward_s, in_turns)

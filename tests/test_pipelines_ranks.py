@@ -28,6 +28,8 @@ SIZES = (8, 7, 3)
 """Of global batches in 4 micro-batches: equal ones, a smaller one last, three only."""
 DEEP = replace(DROPPING["gpt-tied"], build=lambda: GPT(tied=True, layers=5, dropout=0.2))
 """Of 8 units: two stages on each of four ranks."""
+TIED_VEE: dict[str, Any] = {"pipeline": 2, "schedule": "zb-v", "stages": ["blocks.1", "blocks.2", "ln"]}
+"""A vee adds the parts of a tied weight in an order that depends on where it is cut, and that on what was measured."""
 VEES = ("zb-v", "v-half", "v-min", "dualpipe-v")
 
 
@@ -76,7 +78,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 ON_DISK: dict[str, dict[str, Any]] = {
-    "optimizer": {"schedule": "zb-v", "offload": "optimizer"},
+    "optimizer": {**TIED_VEE, "offload": "optimizer"},
     "parameters": {"schedule": "zb-h1", "offload": "all"},
     "clipped": {"schedule": "1f1b", "offload": "all", "clip_grad_norm": 0.5},
     "bf16": {"schedule": "interleaved", "offload": "optimizer", "precision": "bf16"},
@@ -89,7 +91,8 @@ ON_DISK: dict[str, dict[str, Any]] = {
 def train_two(rank: int, folder: str) -> dict[str, Any]:
     gpt, tied = DROPPING["gpt"], DROPPING["gpt-tied"]
     found = {name: train(gpt, pipeline=2, schedule=name) for name in NAMES}
-    found |= {f"tied {name}": train(tied, pipeline=2, schedule=name) for name in ("1f1b", "interleaved", "zb-v")}
+    found |= {f"tied {name}": train(tied, pipeline=2, schedule=name) for name in ("1f1b", "interleaved")}
+    found["tied zb-v"] = train(tied, **TIED_VEE)
     for name in ("conv", "lstm", "encoder-decoder", "tied-frozen"):
         found[name] = train(DROPPING[name], pipeline=2, schedule="zb-h1")
     found["clip"] = train(gpt, pipeline=2, schedule="zb-v", clip_grad_norm=0.5)
@@ -99,7 +102,7 @@ def train_two(rank: int, folder: str) -> dict[str, Any]:
     found["early"] = train(tied, pipeline=2, schedule="zb-h1", update="backward")
     for name, words in ON_DISK.items():
         case = gpt if name == "bf16" else tied  # of which alone adds both parts of a tied gradient in bfloat16
-        found[f"disk {name}"] = train(case, pipeline=2, memory=Memory(disk=folder), **words)
+        found[f"disk {name}"] = train(case, **{"pipeline": 2, **words}, memory=Memory(disk=folder))
     found["budget"] = train(gpt, pipeline=2, schedule="auto", memory=Memory(host="16GiB", disk=folder))
     found["beside"] = train(tied, 2, rank)
     found["foreseen"] = foresee(gpt, schedule="zb-v")
@@ -270,11 +273,9 @@ def test_copies_to_disk_leave_memory():
 def train_four(rank: int, folder: str, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
     found = {name: train(DEEP, pipeline=4, schedule=name) for name in names}
     tied, place = DROPPING["gpt-tied"], rank % 2
-    found["2x2"] = train(tied, 2, place, pipeline=2, schedule="zb-v")
+    found["2x2"] = train(tied, 2, place, **TIED_VEE)
     return found | {
-        f"2x2 {offload}": train(
-            tied, 2, place, pipeline=2, schedule="zb-v", offload=offload, memory=Memory(disk=folder)
-        )
+        f"2x2 {offload}": train(tied, 2, place, offload=offload, memory=Memory(disk=folder), **TIED_VEE)
         for offload in ("optimizer", "all")
     }
 
