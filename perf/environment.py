@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Environment", "installed_version"]
+__all__ = ["Environment", "ProcessorTime", "installed_version"]
 
 
 def installed_version(package: str) -> str | None:
@@ -68,6 +68,32 @@ class Environment:
             f"{self.cpu}, {self.num_cores} cores, {self.memory_bytes / 2**30:.1f} GiB, {self.kernel}; "
             f"Python {self.python}, {packages}; commit {self.commit or 'unknown'}; {self.date}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorTime:
+    """Seconds of all processors since the machine started.
+
+    Attributes:
+        used_s: that it computed for anyone.
+        lost_s: that it would have, had the host not given them to other machines ("steal"); 0 where nobody says.
+    """
+
+    used_s: float
+    lost_s: float
+
+    @classmethod
+    def now(cls) -> "ProcessorTime":
+        times = psutil.cpu_times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        lost_s = getattr(times, "steal", 0.0)
+        guests_s = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in user and nice already
+        return cls(sum(times) - idle_s - lost_s - guests_s, lost_s)
+
+    def lost_since(self, before: "ProcessorTime") -> float:
+        """The part of what was asked for since `before` that was not given."""
+        used_s, lost_s = self.used_s - before.used_s, self.lost_s - before.lost_s
+        return lost_s / (used_s + lost_s) if used_s + lost_s > 0 else 0.0
 
 
 def _cpu_model() -> str:

@@ -16,10 +16,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .environment import Environment
+from .environment import Environment, ProcessorTime
 from .figures import Figure, Target
 
 __all__ = ["CASES", "Case", "Findings", "Options", "Report", "find_case", "render", "run_case"]
+
+
+_LOST = "that was asked for meanwhile went to other machines of the host: figures of a run that lost much are noise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +217,10 @@ class Report:
 
 def run_case(case: Case, options: Options, say: Callable[[str], None] = lambda line: None) -> Report:
     """Run a case and report it together with where and when it was run."""
-    environment = Environment.detect()
+    environment, before = Environment.detect(), ProcessorTime.now()
     findings = case.run(options, say)
-    return Report(case.name, options, environment, findings.figures, findings.notes)
+    notes = (*findings.notes, f"{ProcessorTime.now().lost_since(before):.0%} of the processor time {_LOST}")
+    return Report(case.name, options, environment, findings.figures, notes)
 
 
 def render(report: Report) -> RenderableType:

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBE_BYTES", "cache_folder", "kept_figures", "machine_key", "measure_net", "probe", "update_speed"]
 
-_ELEMS = 8 << 20  # of a tensor for memory figures: 32 MiB, more than caches hold
+_ELEMS = 6 << 20  # of a tensor for memory figures: two of 24 MiB are more than caches hold
 _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
-PROBE_BYTES = 240 << 20  # the most that measuring takes: the disk's blocks and what fills them, more than the tensors
+_DEPTH = 2  # of requests in flight, where both directions are measured together
+PROBE_BYTES = 176 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
 
 def cache_folder() -> Path:
@@ -118,7 +119,7 @@ def _measure_disk(folder: str) -> DiskFigures:
             torch.nn.functional.gelu(left @ right)
 
     read, write, save = (_transfers(each) for each in measure_transfers(folder, compute))
-    full = measure_disk(folder, _DISK_BYTES)
+    full = measure_disk(folder, _DISK_BYTES, depth=_DEPTH)
     capacity = (1 / full.read_bytes_per_s + 1 / full.write_bytes_per_s) * full.both_bytes_per_s / 2
     return DiskFigures(read, write, save, min(max(capacity, 1.0), 2.0))  # beyond that it was noise
 
@@ -173,7 +174,7 @@ def _turn_seconds() -> float:
     turns_of_each, micro_batches = 20, 2
     order = [Action(Kind.F, unit, number) for unit in range(turns_of_each) for number in range(micro_batches)]
     program = Program(tuple(Instruction(a, Lane.COMPUTE, (n - 1,) * (n > 0)) for n, a in enumerate(order)))
-    left, right = torch.ones(512, 512), torch.ones(512, 512)  # kernels with helpers, as units have them
+    left, right = torch.ones(256, 256), torch.ones(256, 256)  # kernels with helpers, as units have them
     with Executor({}) as executor:
         turns = Turns(executor)
 

@@ -3,7 +3,7 @@ import platform
 
 import torch
 
-from outgrow.perf.environment import Environment, installed_version
+from outgrow.perf.environment import Environment, ProcessorTime, installed_version
 
 
 def test_the_fingerprint_is_of_this_machine_and_these_versions() -> None:
@@ -18,3 +18,14 @@ def test_the_fingerprint_is_of_this_machine_and_these_versions() -> None:
 
 def test_a_package_that_is_not_there_has_no_version() -> None:
     assert installed_version("outgrow-no-such-distribution") is None
+
+
+def test_processor_time_that_the_host_gave_to_others() -> None:
+    before = ProcessorTime(used_s=100.0, lost_s=10.0)
+    assert ProcessorTime(used_s=130.0, lost_s=20.0).lost_since(before) == 0.25
+    assert before.lost_since(before) == 0.0
+    now = ProcessorTime.now()
+    sum(range(100_000))
+    later = ProcessorTime.now()
+    assert later.used_s >= now.used_s > 0
+    assert 0 <= later.lost_since(now) <= 1

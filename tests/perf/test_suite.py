@@ -92,7 +92,8 @@ def test_running_a_case_passes_its_options_and_stores_the_environment(monkeypatc
 
     monkeypatch.setattr(Case, "run", measure)
     report = run_case(Case("made-up", "", ".nowhere"), Options(num_rounds=4), heard.append)
-    assert (report.case, report.notes, heard) == ("made-up", ("note",), ["made-up with 4 rounds"])
+    assert (report.case, report.notes[0], heard) == ("made-up", "note", ["made-up with 4 rounds"])
+    assert "% of the processor time that was asked for" in report.notes[1]
     assert report.environment.python
 
 
