@@ -138,7 +138,7 @@ class _Planning:
         if is_ample:
             found = self.assess(plan)
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
-                note = self._measure_seconds(keeps_freed=True) if predicts else ""
+                note = self._measure_seconds(plan, open_, keeps_freed=True) if predicts else ""
                 with self._clock("searching"):
                     found, fates = self._among_ample(found, open_)
                 return self._planned(_Decided(plan, open_, found, fates, note), explores)
@@ -174,7 +174,7 @@ class _Planning:
         """The best plan that keeps freed blocks, which saves page faults and takes memory; or that does not, where that
         is faster or the other does not fit."""
         modes = self._modes(plan, open_)
-        note = self._measure_seconds(keeps_freed=False) if predicts or open_.is_any else ""
+        note = self._measure_seconds(plan, open_, keeps_freed=False) if predicts or open_.is_any else ""
         best: _Decided | None = None
         for number, (plan_, open__) in enumerate(modes):
             try:
@@ -257,7 +257,7 @@ class _Planning:
             device = None if device is None else int(rows[:, 2].min())
         self.budgets = Budgets(budget, device)
 
-    def _measure_seconds(self, keeps_freed: bool) -> str:
+    def _measure_seconds(self, plan: Plan, open_: Open, keeps_freed: bool) -> str:
         """Within what is left of the budget, in a process that keeps freed blocks or gives them back. Returns why it
         could not be done, or nothing."""
         if self.planner.memory.is_separate and torch.cuda.is_available():
@@ -265,7 +265,9 @@ class _Planning:
         left_bytes = self.budgets.host - read_process_memory().resident_bytes
         try:
             with self._clock("measuring seconds"):
-                self.profiled = self._profiler().measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
+                takes_turns = plan.micro_batches > 1 and (open_.order or plan.order is MicroBatchOrder.BY_UNIT)
+                profiler = replace(self._profiler(), takes_turns=takes_turns)
+                self.profiled = profiler.measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
         except NotProfiled as error:
             _LOG.info("plans are compared by the bytes that they move, since %s", error)
             return str(error)

@@ -60,6 +60,7 @@ class Profiler:
         disk_folder: on the disk that may be used; None: none.
         transport: None on one rank.
         folder: of what is kept from run to run; None: the user's cache.
+        takes_turns: whether micro-batches may take turns.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Profiler:
     disk_folder: str | None = None
     transport: "Transport | None" = None
     folder: Path | None = None
+    takes_turns: bool = False
 
     def measure(
         self,
@@ -150,7 +152,7 @@ class Profiler:
             every = map(needed_bytes, range(len(memory.units) + 1))
             spare_bytes = max(0, room - max((size for size in every if size <= room), default=0))
         watch = Stopwatch(min(CACHE_BYTES, spare_bytes))
-        takes_turns = spare_bytes >= CACHE_BYTES + _TEAMS_BYTES
+        takes_turns = self.takes_turns and spare_bytes >= CACHE_BYTES + _TEAMS_BYTES
         try:
             found = measure_seconds(
                 self.model, units, trace, self.forward, self.loss, part, shapes, self.input_dtype, kept, has_room,

