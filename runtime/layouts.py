@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..memory.allocator import return_freed_blocks
+from ..memory.allocator import release_kernel_buffers, return_freed_blocks
 from ..memory.errors import DoesNotFit, OutgrowError
 from ..memory.process import read_process_memory
 from ..parallel.mesh import Mesh
@@ -251,6 +251,7 @@ class _Looking:
         try:
             profiled = profiler.measure(trace, part, memory, self._left_bytes(), keeps_freed=True)
         finally:
+            release_kernel_buffers()  # of threads that are over, too
             return_freed_blocks()
         return _Measured(trace, flow, memory, profiled, part)
 

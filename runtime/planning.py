@@ -18,7 +18,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..memory.allocator import num_heaps, return_blocks_at_once, return_freed_blocks, uses_first_heap
+from ..memory.allocator import (
+    num_heaps,
+    release_kernel_buffers,
+    return_blocks_at_once,
+    return_freed_blocks,
+    uses_first_heap,
+)
 from ..memory.budget import Memory
 from ..memory.chunk import ChunkLayout
 from ..memory.errors import DoesNotFit
@@ -272,6 +278,7 @@ class _Planning:
             _LOG.info("plans are compared by the bytes that they move, since %s", error)
             return str(error)
         finally:
+            release_kernel_buffers()  # of threads that are over, too
             return_freed_blocks()
         return ""
 

@@ -42,7 +42,7 @@ def test_it_says_what_would_be_done_and_writes_what_runs(file: Path, tmp_path: P
     _, for_train = arguments_of(f"{file}:run", None)
     needed = base.plan_for(**for_train).prediction
     assert needed is not None
-    budget_mib = (needed.tiers[0].peak_bytes >> 20) - 40  # less than everything in memory takes
+    budget_mib = (needed.tiers[0].peak_bytes >> 20) - 80  # less than everything in memory takes
     arguments = ["plan", f"{file}:run", "--out", str(out), "--disk", str(disk), "--memory", f"{budget_mib}MiB"]
     answer = CliRunner().invoke(app, arguments)
     assert answer.exit_code == 0, answer.output
