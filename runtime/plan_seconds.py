@@ -5,6 +5,7 @@ Owns putting these together for one plan. Does not own the figures (`profiling.p
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..memory.chunk import ChunkLayout
@@ -20,72 +21,58 @@ from .profiling import Profiled
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
 
-__all__ = ["seconds_of", "simulated"]
+__all__ = ["StepSeconds", "remembered"]
 
 
-def simulated(
-    found: Assessment,
-    shape: StepShape,
-    layouts: Sequence[ChunkLayout],
-    profiled: Profiled,
-    memory: MemoryProfile | None,
-    transport: "Transport | None",
-) -> Simulated:
-    """A step of an assessed plan.
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """Plays steps of one model's plans.
 
-    Args:
-        shape: of its step.
+    Attributes:
         memory: what units take; needed for a plan that keeps freed blocks.
         transport: None on one rank.
     """
-    costs = _costs(found.plan, shape, layouts, profiled, memory, transport)
-    return simulate(found.program, _remembered(costs), costs.capacity)
+
+    layouts: Sequence[ChunkLayout]
+    profiled: Profiled
+    memory: MemoryProfile | None
+    transport: "Transport | None"
+
+    def simulated(self, found: Assessment, shape: StepShape) -> Simulated:
+        """A step of an assessed plan, whose shape is given."""
+        costs = self._costs(found.plan, shape)
+        return simulate(found.program, remembered(costs), costs.capacity)
+
+    def of(self, found: Assessment, shape: StepShape) -> float:
+        """`simulated(...).seconds`, in less time."""
+        costs = self._costs(found.plan, shape)
+        return simulated_seconds(found.program, remembered(costs), costs.capacity)
+
+    def _costs(self, plan: Plan, shape: StepShape) -> Costs:
+        num_elems = [
+            layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1) * layout.trainable
+            for layout, decision in zip(self.layouts, plan.chunks, strict=True)
+        ]
+        is_here = self.transport is not None and self.transport.name == "shared-memory"
+        return Costs(
+            shape,
+            plan,
+            _times(plan, self.profiled, self.memory),
+            self.profiled.hardware,
+            num_elems,
+            shares_parameters=is_here,
+            ranks_here=self.transport.size if self.transport is not None and is_here else 1,
+        )
 
 
-def seconds_of(
-    found: Assessment,
-    shape: StepShape,
-    layouts: Sequence[ChunkLayout],
-    profiled: Profiled,
-    memory: MemoryProfile | None,
-    transport: "Transport | None",
-) -> float:
-    """`simulated(...).seconds`, in less time."""
-    costs = _costs(found.plan, shape, layouts, profiled, memory, transport)
-    return simulated_seconds(found.program, _remembered(costs), costs.capacity)
-
-
-def _costs(
-    plan: Plan,
-    shape: StepShape,
-    layouts: Sequence[ChunkLayout],
-    profiled: Profiled,
-    memory: MemoryProfile | None,
-    transport: "Transport | None",
-) -> Costs:
-    num_elems = [
-        layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1) * layout.trainable
-        for layout, decision in zip(layouts, plan.chunks, strict=True)
-    ]
-    is_here = transport is not None and transport.name == "shared-memory"
-    return Costs(
-        shape,
-        plan,
-        _times(plan, profiled, memory),
-        profiled.hardware,
-        num_elems,
-        shares_parameters=is_here,
-        ranks_here=transport.size if transport is not None and is_here else 1,
-    )
-
-
-def _remembered(costs: Costs) -> Callable[[Instruction], Work]:
-    """Every micro-batch's action costs the same."""
+def remembered(costs: Costs) -> Callable[[Instruction], Work]:
+    """The same costs, worked out once for all micro-batches but the first: the others add to its gradients."""
     known: dict[tuple[object, ...], Work] = {}
 
     def cost(instruction: Instruction) -> Work:
         action = instruction.action
-        key = action.kind, action.index, action.slot, instruction.lane, instruction.num_bytes
+        is_first = not action.micro_batch
+        key = action.kind, action.index, action.slot, is_first, instruction.lane, instruction.num_bytes
         if key not in known:
             known[key] = costs(instruction)
         return known[key]

@@ -47,7 +47,7 @@ from .assessing import Assessor
 from .host_figures import RankState, process_bytes
 from .optimizer import PiecewiseOptimizer
 from .passage import Passage
-from .plan_seconds import seconds_of, simulated
+from .plan_seconds import StepSeconds
 from .planned import Planned
 from .profiling import NotProfiled, Profiled, Profiler
 
@@ -316,16 +316,16 @@ class _Planning:
 
     def simulated(self, found: Assessment) -> Simulated:
         """A step of it."""
-        return simulated(*self._of(found))
+        return self._seconds.simulated(found, self.shape_of(found.plan))
 
     def seconds_of(self, found: Assessment) -> float:
         """Of a step of it."""
-        return seconds_of(*self._of(found))
+        return self._seconds.of(found, self.shape_of(found.plan))
 
-    def _of(self, found: Assessment) -> tuple[Any, ...]:
+    @property
+    def _seconds(self) -> StepSeconds:
         assert self.profiled is not None
-        shape = self.shape_of(found.plan)
-        return found, shape, self.planner.layouts, self.profiled, self.memory, self.transport
+        return StepSeconds(self.planner.layouts, self.profiled, self.memory, self.transport)
 
     def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
         """One plan for all ranks: rank 0 looks, and says what it found."""
