@@ -1,7 +1,8 @@
 """Seconds of forward, of the two parts of a backward and of a whole one, of every unit run, measured alone.
 
 Owns the measurement: each kind of unit is made once with values of its own, beside the model, which may have none or
-lie elsewhere; units that are alike (the blocks of a transformer) are measured once. What code outside of units takes,
+lie elsewhere; units that are alike (the blocks of a transformer) are measured once. Before each pass a cache's worth of
+other memory is walked over, as other units run in between in a step. What code outside of units takes,
 the loss above all, counts to the last unit run. Does not own when that is done, nor beside what
 (`stage_seconds.py`).
 """
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..parallel.units import Unit
 from ..scheduler.dataflow import Flow, Output, TensorSpec
 from ..scheduler.stage_choice import UnitSeconds
+from ..scheduler.stopwatch import OtherMemory
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from .direct_layers import DirectLayers
@@ -48,6 +50,7 @@ class UnitTimer:
         self._kinds: list[Any] = []
         self._makers: dict[Any, Callable[[bool, bool], _Seconds]] = {}
         known = {id(p): shapes[name] for name, p in model.named_parameters() if name in shapes}  # tied: one name
+        others = OtherMemory()
         with torch.random.fork_rng(devices=[]):
             for run, call in enumerate(trace.calls):
                 unit = units[call.unit]
@@ -59,8 +62,8 @@ class UnitTimer:
                     made = _with_values(unit, known)
                     layers = DirectLayers(made)
                     layers.install()
-                    self._makers[kind] = partial(_run, made, layers, flow.inputs[run], call.has_backward)
-        self._makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part)
+                    self._makers[kind] = partial(_run, made, layers, flow.inputs[run], call.has_backward, others)
+        self._makers["loss"] = partial(_run_loss, flow.outputs[-1], passage, part, others)
 
     def round(self, halves: bool = True, whole: bool = True) -> Round:
         """Everything once, in turns: what slows the machine for a moment then slows all kinds alike.
@@ -103,42 +106,53 @@ def _made(output: Output) -> Any:
 
 
 def _run(
-    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, halves: bool, whole: bool
-) -> _Seconds:
+    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, others: OtherMemory,
+    halves: bool, whole: bool,
+) -> _Seconds:  # fmt: skip
     forwards: list[float] = []
     input_s = weight_s = whole_s = 0.0
     if halves:
-        forward_s, input_s, weight_s = _run_once(module, layers, inputs, has_backward, Deferred())
+        forward_s, input_s, weight_s = _run_once(module, layers, inputs, has_backward, others, Deferred())
         forwards.append(forward_s)
     if whole or not halves:
-        forward_s, whole_s, _ = _run_once(module, layers, inputs, has_backward, Deferred(at_once=True))
+        forward_s, whole_s, _ = _run_once(module, layers, inputs, has_backward, others, Deferred(at_once=True))
         forwards.append(forward_s)
     return sum(forwards) / len(forwards), input_s, weight_s, whole_s
 
 
 def _run_once(
-    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, deferred: Deferred
+    module: nn.Module, layers: DirectLayers, inputs: Output, has_backward: bool, others: OtherMemory, deferred: Deferred
 ) -> tuple[float, float, float]:
     args, kwargs = _made(inputs)
+    others.walk(_tensors((args, kwargs)))
     with layers.deferring(deferred):
         started = time.perf_counter()
         output = module(*args, **kwargs)
         forward_s = time.perf_counter() - started
-        roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        roots = [leaf for leaf in _tensors(output) if leaf.requires_grad]
         if not roots or not has_backward:
             return forward_s, 0.0, 0.0
         gradients = [torch.randn_like(root) for root in roots]
+        others.walk(gradients)
         started = time.perf_counter()
         run_backward(roots, gradients)
         input_s = time.perf_counter() - started
+    others.walk(())
     started = time.perf_counter()
     deferred.finish()
     return forward_s, input_s, time.perf_counter() - started
 
 
-def _run_loss(output: Output, passage: Passage, part: Any, _halves: bool, _whole: bool) -> _Seconds:
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _run_loss(
+    output: Output, passage: Passage, part: Any, others: OtherMemory, _halves: bool, _whole: bool
+) -> _Seconds:
     """The loss, where the model's output is what the last unit returned; nothing where it is not."""
     value = _made(output)
+    others.walk(_tensors(value))
     try:
         started = time.perf_counter()
         loss = passage.call_loss(value, part)

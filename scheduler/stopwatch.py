@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CACHE_BYTES", "Stopwatch", "Way", "typical"]
+__all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
@@ -55,16 +55,36 @@ class Way:
     frozen: Sequence[nn.Parameter] = ()
 
 
+class OtherMemory:
+    """What a step touches between two uses of the same unit.
+
+    Args:
+        num_bytes: of it; at most a cache's size counts.
+    """
+
+    def __init__(self, num_bytes: int = CACHE_BYTES) -> None:
+        self._others = torch.ones(max(1, min(num_bytes, CACHE_BYTES) // 4))
+
+    @property
+    def nbytes(self) -> int:
+        return self._others.nbytes
+
+    def walk(self, fresh: Sequence[torch.Tensor]) -> None:
+        """Leave in the caches what other units use, and then what is `fresh`."""
+        self._others.sum()
+        for tensor in fresh:
+            tensor.detach().sum()
+
+
 class Stopwatch:
     """Times passes forward and backward.
 
     Args:
-        others_bytes: that a step touches between two uses of the same unit; as much, at most a cache's size, is walked
-            over before each pass.
+        others_bytes: walked over before each pass (`OtherMemory`).
     """
 
     def __init__(self, others_bytes: int = CACHE_BYTES) -> None:
-        self._others = torch.ones(max(1, min(others_bytes, CACHE_BYTES) // 4))
+        self.others = OtherMemory(others_bytes)
 
     def seconds(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
         """What forward and backward of each usually take."""
@@ -114,7 +134,7 @@ class Stopwatch:
         for parameter in way.frozen:
             parameter.requires_grad_(False)
         try:
-            self._walk(way.given)
+            self.others.walk(way.given)
             began_s = time.perf_counter()
             output = way.run()
             forward_s = time.perf_counter() - began_s
@@ -122,19 +142,13 @@ class Stopwatch:
             if not outputs:
                 return forward_s, 0.0
             gradients = [torch.ones_like(leaf) for leaf in outputs]
-            self._walk(gradients)
+            self.others.walk(gradients)
             began_s = time.perf_counter()
             torch.autograd.backward(outputs, gradients)
             return forward_s, time.perf_counter() - began_s
         finally:
             for parameter in way.frozen:
                 parameter.requires_grad_(True)
-
-    def _walk(self, fresh: Sequence[torch.Tensor]) -> None:
-        """Leave in the caches what other units use, and then what is `fresh`."""
-        self._others.sum()
-        for tensor in fresh:
-            tensor.detach().sum()
 
 
 def typical(seconds: Sequence[float]) -> float:

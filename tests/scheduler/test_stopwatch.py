@@ -41,12 +41,17 @@ def test_what_others_use_is_walked_over_before_each_pass(monkeypatch: pytest.Mon
     _, way = layer()
     watch = Stopwatch(4096)
     walked = []
-    walk = watch._walk
-    monkeypatch.setattr(watch, "_walk", lambda fresh: walked.append([tuple(t.shape) for t in fresh]) or walk(fresh))
+    walk = watch.others.walk
+
+    def noted(fresh: list[torch.Tensor]) -> None:
+        walked.append([tuple(tensor.shape) for tensor in fresh])
+        walk(fresh)
+
+    monkeypatch.setattr(watch.others, "walk", noted)
     watch._once(way)
     assert walked == [[(4, 8)], [(4, 8)]], "inputs before the forward pass, gradients before the backward"
-    assert watch._others.nbytes == 4096
-    assert Stopwatch(1 << 40)._others.nbytes <= CACHE_BYTES
+    assert watch.others.nbytes == 4096
+    assert Stopwatch(1 << 40).others.nbytes <= CACHE_BYTES
 
 
 def test_what_has_no_backward_takes_none() -> None:
