@@ -20,7 +20,7 @@ from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
-_ROUNDS = 3
+_ROUNDS = 6
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
@@ -154,48 +154,66 @@ def measure_transfers(
                 np.copyto(np.frombuffer(buffer.view, dtype=np.uint8), source[: len(buffer.view)])
                 return store.write(name, buffer)
 
-            reads, writes, saves = (_beside(work, move, pairs) for move in (store.read, store.write, save))
+            kinds = [_Kind(move, pairs) for move in (store.read, store.write, save)]
+            for _ in range(_ROUNDS):  # of all, so that a machine's slower moments slow all alike
+                work_s = _seconds(work)
+                for kind in kinds:
+                    kind.move_alone()
+                    kind.move_beside(work, work_s)
+            reads, writes, saves = (kind.times() for kind in kinds)
             return reads, writes, saves
     finally:
         for buffer in buffers:
             buffer.close()
 
 
-def _beside(
-    work: Callable[[], object], move: Callable[[str, AlignedBuffer], Ticket], pairs: Sequence[tuple[str, AlignedBuffer]]
-) -> TransferTimes:
-    """Transfers of each size, alone and beside work; in turns."""
-    alone: list[list[float]] = [[] for _ in pairs]
-    beside: list[list[float]] = [[] for _ in pairs]
-    ratios: list[float] = []
+class _Kind:
+    """Transfers of one kind, of each size, alone and beside work."""
 
-    def move_all(seconds: list[list[float]]) -> None:
-        for (name, buffer), found in zip(pairs, seconds, strict=True):
-            found.append(_seconds(lambda name=name, buffer=buffer: move(name, buffer).wait()))
+    def __init__(
+        self, move: Callable[[str, AlignedBuffer], Ticket], pairs: Sequence[tuple[str, AlignedBuffer]]
+    ) -> None:
+        self._move = move
+        self._pairs = pairs
+        self._alone: list[list[float]] = [[] for _ in pairs]
+        self._beside: list[list[float]] = [[] for _ in pairs]
+        self._slowdowns: list[float] = []
 
-    with ThreadPoolExecutor(1, "measure-disk") as mover:
-        for _ in range(_ROUNDS):
-            for _again in range(2):
-                move_all(alone)
-            work_s = _seconds(work)
-            is_over = threading.Event()
+    def move_alone(self) -> None:
+        for _ in range(2):
+            self._move_all(self._alone)
 
-            def keep_moving(is_over: threading.Event = is_over) -> None:
-                while not is_over.is_set():
-                    move_all(beside)
+    def move_beside(self, work: Callable[[], object], work_s: float) -> None:
+        """Args:
+        work_s: what the work has just taken alone.
+        """
+        is_over = threading.Event()
 
+        def keep_moving() -> None:
+            while not is_over.is_set():
+                self._move_all(self._beside)
+
+        with ThreadPoolExecutor(1, "measure-disk") as mover:
             moved = mover.submit(keep_moving)
             try:
-                ratios.append(_seconds(work) / work_s)
+                self._slowdowns.append(_seconds(work) / work_s)
             finally:
                 is_over.set()
             moved.result()
-    alone_s, beside_s = ([statistics.median(found) for found in each] for each in (alone, beside))
-    return TransferTimes(
-        tuple((len(buffer.view), seconds) for (_, buffer), seconds in zip(pairs, alone_s, strict=True)),
-        max(1.0, sum(beside_s) / sum(alone_s)),
-        max(1.0, statistics.median(ratios)),
-    )
+
+    def _move_all(self, seconds: list[list[float]]) -> None:
+        for (name, buffer), found in zip(self._pairs, seconds, strict=True):
+            found.append(_seconds(lambda name=name, buffer=buffer: self._move(name, buffer).wait()))
+
+    def times(self) -> TransferTimes:
+        alone_s, beside_s = ([statistics.median(found) for found in each] for each in (self._alone, self._beside))
+        sizes = (len(buffer.view) for _, buffer in self._pairs)
+        middle = sorted(self._slowdowns)[_ROUNDS // 5 : _ROUNDS - _ROUNDS // 5]
+        return TransferTimes(
+            tuple(zip(sizes, alone_s, strict=True)),
+            max(1.0, sum(beside_s) / sum(alone_s)),
+            max(1.0, statistics.fmean(middle)),
+        )
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -40,7 +40,7 @@ def test_transfers_are_timed_one_after_the_other_alone_and_beside_work(tmp_path:
         assert each.beside >= 1
         assert each.slowdown >= 1
     assert len(kinds) == 3, "reads, writes, and writes with a copy"
-    assert len(worked) == 1 + 3 * 2 * disk_speed._ROUNDS, "alone and beside, in turns"
+    assert len(worked) == 1 + (1 + 3) * disk_speed._ROUNDS, "alone, and beside each kind, in turns"
     assert list(tmp_path.iterdir()) == []
 
 
