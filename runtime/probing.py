@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import torch
 
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
+from .machine import num_cores
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
@@ -112,13 +114,26 @@ def _tensor_seconds() -> tuple[float, float, float]:
 
 
 def _measure_disk(folder: str) -> DiskFigures:
+    """All cores compute beside it: those that this rank leaves, for the others that are on this machine."""
+    num_threads = torch.get_num_threads()
+    num_teams = max(1, num_cores() // num_threads)
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
 
     def compute() -> None:
+        torch.set_num_threads(num_threads)  # torch keeps it for each thread
         for _ in range(_NUM_PRODUCTS):
             torch.nn.functional.gelu(left @ right)
 
-    read, write, save = (_transfers(each) for each in measure_transfers(folder, compute))
+    with ThreadPoolExecutor(num_teams, "compute") as others:
+
+        def compute_everywhere() -> None:
+            computing = [others.submit(compute) for _ in range(num_teams - 1)]
+            compute()
+            for each in computing:
+                each.result()
+
+        found = measure_transfers(folder, compute_everywhere)
+    read, write, save = map(_transfers, found)
     full = measure_disk(folder, _DISK_BYTES, depth=_DEPTH)
     capacity = (1 / full.read_bytes_per_s + 1 / full.write_bytes_per_s) * full.both_bytes_per_s / 2
     return DiskFigures(read, write, save, min(max(capacity, 1.0), 2.0))  # beyond that it was noise

@@ -1,9 +1,11 @@
 """Measuring the machine: plausible figures, kept once, measured anew when asked."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from outgrow.runtime import probing
 from outgrow.runtime.probing import cache_folder, probe
@@ -30,6 +32,22 @@ def test_figures_are_measured_kept_and_measured_anew(tmp_path: Path) -> None:
     file.write_text(other.to_json())
     assert probe(str(disk), folder=cache) == other, "from the cache"
     assert probe(str(disk), fresh=True, folder=cache) != other
+
+
+def test_all_cores_compute_beside_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at_work: list[tuple[str, int]] = []
+    gelu = torch.nn.functional.gelu
+
+    def noted(values: torch.Tensor) -> torch.Tensor:
+        at_work.append((threading.current_thread().name, torch.get_num_threads()))
+        return gelu(values)
+
+    monkeypatch.setattr(torch.nn.functional, "gelu", noted)
+    monkeypatch.setattr(probing, "num_cores", lambda: 3 * torch.get_num_threads())
+    num_threads = torch.get_num_threads()
+    probing._measure_disk(str(tmp_path))
+    assert len(set(at_work)) == 3, "this rank, and as many as the other cores are there for"
+    assert {count for _, count in at_work} == {num_threads}
 
 
 def test_figures_of_another_version_are_measured_again(tmp_path: Path) -> None:
