@@ -184,9 +184,12 @@ class Costs:
             return 0.0, {}
         if net is None:
             raise ValueError(f"{kind} c{chunk}: no exchange between ranks was measured")
+        shares = {"memory": 1.0}
+        if self.shares_parameters:  # the exchange is copies and sums, done by a thread of this rank
+            shares["cores"] = 1 / self.hardware.num_threads
         if kind is Kind.GATHER:
-            return net.gather_latency_s + num_bytes / net.gather_bytes_per_s, {"memory": 1.0}
-        return net.reduce_latency_s + num_bytes / net.reduce_bytes_per_s, {"memory": 1.0}
+            return net.gather_latency_s + num_bytes / net.gather_bytes_per_s, shares
+        return net.reduce_latency_s + num_bytes / net.reduce_bytes_per_s, shares
 
     def _norm(self) -> float:
         """One look at all gradients, where they were not looked at before; and one more pass where they are clipped."""

@@ -95,6 +95,16 @@ def test_exchange_updates_and_the_norm() -> None:
     assert seconds("DROP c0:param") == 0
 
 
+def test_an_exchange_through_memory_takes_a_thread_from_computing() -> None:
+    reduce = Instruction(Action.parse("REDUCE c0.0"), Lane.NET, (), PAGE)
+    costs = Costs(TWO, plan_of(TWO, ranks=2), PROFILE, MACHINE, (2048, 1024))
+    assert costs(reduce).shares == {"memory": 1.0}, "a network does it"
+    assert replace(costs, shares_parameters=True)(reduce).shares == {"memory": 1.0, "cores": 0.5}, "one of two threads"
+    one_thread = replace(costs, shares_parameters=True, hardware=replace(MACHINE, num_threads=1))
+    program = Program((Instruction(Action.parse("B0.0"), Lane.COMPUTE), reduce))
+    assert simulate(program, one_thread).seconds == 2.0 + 0.75, "both are slower while both run"
+
+
 def test_what_was_not_measured_is_named() -> None:
     costs = Costs(TWO, plan_of(TWO), PROFILE, replace(MACHINE, disk=None), (1, 1))
     with pytest.raises(ValueError, match="READ c0:param: no disk was measured"):
