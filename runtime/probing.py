@@ -33,6 +33,7 @@ _DISK_BYTES = 192 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS = 5
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
+_METHOD = 2  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
 PROBE_BYTES = 176 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
@@ -75,9 +76,10 @@ def kept_figures(disk_folder: str | None = None, folder: Path | None = None) -> 
 
 
 def machine_key(disk_folder: str | None) -> str:
-    """Names files of figures that hold for this machine, this many threads, this version of torch and this disk."""
+    """Names files of figures that hold for this machine, this many threads, this version of torch, this disk, and this
+    way to measure."""
     device = "" if disk_folder is None else str(Path(disk_folder).stat().st_dev)
-    return hashlib.blake2b(f"{_machine_name()} {device}".encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{_machine_name()} {device} {_METHOD}".encode(), digest_size=8).hexdigest()
 
 
 def _machine_name() -> str:
