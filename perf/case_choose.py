@@ -8,6 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 
+from ..memory.huge_pages import huge_page_environment
 from .case_disk import disk_folder
 from .contestants import Contestant, Group
 from .figures import Figure, Target
@@ -43,7 +44,8 @@ def _measure(
 ) -> Findings:
     def contestant(name: str, builder: str, **arguments: object) -> Contestant:
         given = {"model": model, "folder": folder, **arguments}
-        return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given)
+        environment = dict(huge_page_environment())  # as workers of a run have them
+        return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
     with Group([contestant("space", "space")], say=say) as group:
         space = group.ask("space", "space")[0]

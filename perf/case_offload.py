@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..memory.huge_pages import huge_page_environment
 from .bound import Bandwidth, least_seconds, least_seconds_shared
 from .case_disk import disk_folder
 from .cgroup import CgroupUnavailable
@@ -74,12 +75,13 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
 
 def _pair(config: str, batch_size: int, length: int, folder: str) -> tuple[Contestant, Contestant]:
     sizes = {"config": config, "batch_size": batch_size, "length": length}
-    return (
-        Contestant("in memory", ".member_offload:engine", num_threads=2, arguments={**sizes, "offload": "none"}),
-        Contestant(
-            "on disk", ".member_offload:engine", num_threads=2, arguments={**sizes, "offload": "all", "folder": folder}
-        ),
-    )
+    return _engine("in memory", **sizes, offload="none"), _engine("on disk", **sizes, offload="all", folder=folder)
+
+
+def _engine(name: str, **arguments: object) -> Contestant:
+    """The engine as workers of a run have it."""
+    environment = dict(huge_page_environment())
+    return Contestant(name, ".member_offload:engine", num_threads=2, arguments=arguments, environment=environment)
 
 
 def _compute_bound(config: str, tokens: int, folder: str, options: Options, say: Callable[[str], None]) -> list[Figure]:
@@ -202,21 +204,17 @@ def _against_deepspeed(
 ) -> list[Figure]:
     host, micro_batches = _QUARTER[config]
     section = f"{config}, batch 8x256: everything on disk, in {host}, against DeepSpeed ZeRO-3 on NVMe"
-    ours = Contestant(
+    ours = _engine(
         "on disk",
-        ".member_offload:engine",
-        num_threads=2,
-        arguments={
-            "config": config,
-            "batch_size": 8,
-            "length": 256,
-            "offload": "all",
-            "folder": folder,
-            "host": host,
-            "micro_batches": micro_batches,
-            "order": "by-unit",  # the disk has time left: activations may lie there too, and nothing is recomputed
-            "activations": "offload:disk",
-        },
+        config=config,
+        batch_size=8,
+        length=256,
+        offload="all",
+        folder=folder,
+        host=host,
+        micro_batches=micro_batches,
+        order="by-unit",  # the disk has time left: activations may lie there too, and nothing is recomputed
+        activations="offload:disk",
     )
     theirs = Contestant(
         "DeepSpeed",

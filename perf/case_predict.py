@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..memory.huge_pages import huge_page_environment
 from .case_disk import disk_folder
 from .contestants import Contestant, Group
 from .figures import Figure, Target
@@ -73,7 +74,8 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
 
 def _contestant(name: str, model: str, num_ranks: int, folder: str, builder: str, **arguments: object) -> Contestant:
     given = {"model": model, "folder": folder, **arguments}
-    return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given)
+    environment = dict(huge_page_environment())  # as workers of a run have them
+    return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
 
 def _ask(contestant: Contestant, method: str, say: Callable[[str], None]) -> list[object]:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..memory.huge_pages import huge_page_environment
 from .cgroup import MemoryCgroup
 
 __all__ = ["Job", "Outcome", "last_outcome", "run_confined"]
@@ -152,7 +153,12 @@ def _run(job: Job) -> tuple[Outcome, int]:
             stderr=errors,
             timeout=_TIMEOUT_S,
             check=False,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(2 // job.num_ranks, 1)), "GLOO_SOCKET_IFNAME": "lo"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(max(2 // job.num_ranks, 1)),
+                "GLOO_SOCKET_IFNAME": "lo",
+                **(huge_page_environment() if job.who == "engine" else {}),  # as workers of a run have them
+            },
         )
         errors.seek(0)
         tail = errors.read().decode(errors="replace").strip()[-1000:]

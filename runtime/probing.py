@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
+from ..memory.huge_pages import asks_for_huge_pages
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
 from .machine import num_cores
 
@@ -76,10 +78,11 @@ def kept_figures(disk_folder: str | None = None, folder: Path | None = None) -> 
 
 
 def machine_key(disk_folder: str | None) -> str:
-    """Names files of figures that hold for this machine, this many threads, this version of torch, this disk, and this
-    way to measure."""
+    """Names files of figures that hold for this machine, this many threads, this version of torch, tensors in huge
+    pages or not, this disk, and this way to measure."""
     device = "" if disk_folder is None else str(Path(disk_folder).stat().st_dev)
-    return hashlib.blake2b(f"{_machine_name()} {device} {_METHOD}".encode(), digest_size=8).hexdigest()
+    text = f"{_machine_name()} {asks_for_huge_pages()} {device} {_METHOD}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _machine_name() -> str:
@@ -147,11 +150,14 @@ def _transfers(times: TransferTimes) -> Transfers:
 
 
 def _fault_seconds() -> float:
-    """For each byte of fresh memory, what filling it takes more than filling it again."""
+    """For each byte of a fresh tensor, what filling it takes more than filling it again."""
     size = 4 * _ELEMS
     differences: list[float] = []
     for _ in range(_ROUNDS):
-        with mmap.mmap(-1, size) as fresh:
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as fresh:
+            if asks_for_huge_pages():
+                with suppress(OSError):  # a kernel without huge pages
+                    fresh.madvise(mmap.MADV_HUGEPAGE)
             values = torch.frombuffer(fresh, dtype=torch.float32)
             times = [time.perf_counter()]
             for _again in range(2):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from ..memory.huge_pages import huge_page_environment
 from .capacity import Resources
 from .config import Job, RuntimeConfig
 from .failures import raise_failure
@@ -101,7 +102,11 @@ def _trainer(
             resources_per_worker=dict(resources.per_worker),
             placement_strategy=config.placement_strategy,
         ),
-        run_config=RunConfig(name=folder.name, storage_path=folder.storage_path),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=folder.storage_path,
+            worker_runtime_env={"env_vars": dict(huge_page_environment())},
+        ),
         **dataset_arguments,
     )
 

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from outgrow import Callback, Runtime
 from outgrow.memory.errors import WorkerError
+from outgrow.memory.huge_pages import asks_for_huge_pages
 from outgrow.runtime.cluster import interpreter_options
 
 pytestmark = pytest.mark.ray
@@ -69,13 +70,14 @@ class FailsOnRank1(nn.Module):
 
 
 class WritesWhere(Callback):
-    """Writes the rank and process that it runs in."""
+    """Writes the rank and process that it runs in, its threads and how its tensors are allocated."""
 
     def __init__(self, path):
         self.path = path
 
     def on_end(self, engine, step):
-        self.path.write_text(f"{engine.rank} {os.getpid()} {torch.get_num_threads()}")
+        words = engine.rank, os.getpid(), torch.get_num_threads(), asks_for_huge_pages()
+        self.path.write_text(" ".join(map(str, words)))
 
 
 def test_a_killed_worker_ends_the_run_with_its_rank_and_nothing_on_the_console(tmp_path, capfd):
@@ -110,8 +112,8 @@ def test_two_ranks_train_as_one(tmp_path, shared_ray, capfd):
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
     for name, weight in alone.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], weight)
-    rank, process, threads = place.read_text().split()
-    assert (rank, threads) == ("0", "1")
+    rank, process, threads, in_huge_pages = place.read_text().split()
+    assert (rank, threads, in_huge_pages) == ("0", "1", "True")
     assert int(process) != os.getpid()
     assert set(both.summary["peak_bytes"]) == set(both.summary["state_bytes"]) == {"0", "1"}
     jsons = {"plan.json", "prediction.json", "result.json", "timeline.json"}
