@@ -2,8 +2,8 @@
 
 Owns one switch of the process. By default glibc returns blocks of some MiB to the kernel when they are freed, and the
 next step pays for fresh, zeroed pages: `perf step` shows what that costs. Keeping them costs some resident memory
-instead. So it is done without bounds where the budget is ample; else within a step and a bound (`StepHeap`), or not at
-all. The caller decides.
+instead. So it is done from step to step where the budget is ample; else within a step and a bound (`StepHeap`), or not
+at all. The caller decides.
 """
 
 import ctypes
@@ -118,17 +118,22 @@ class StepHeap:
     Args:
         budget_bytes: of the process's resident set.
         margin_bytes: of it, for what nobody announces.
+        stays_open: freed blocks are kept between steps too.
     """
 
-    def __init__(self, budget_bytes: int, margin_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, margin_bytes: int, stays_open: bool = False) -> None:
         self._most_bytes = budget_bytes - margin_bytes
-        self._is_open = False
+        self._stays_open = stays_open
+        self._is_open = stays_open and keep_freed_blocks()
         self.num_returns = 0
         """How often blocks had to be given back."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Freed blocks are kept meanwhile, and given back at the end."""
+        """Freed blocks are kept meanwhile, and given back at the end unless they stay."""
+        if self._stays_open:
+            yield
+            return
         self._is_open = keep_freed_blocks()
         try:
             yield

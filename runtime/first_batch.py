@@ -94,6 +94,7 @@ class FirstBatch(ABC):
     _trace: Trace | None
     _program: Program | None
     _heap: StepHeap | None
+    _freed_stay: bool
     _held: tuple[int, ...]
     _filler: "Filler | None"
     _make_lr_scheduler: Callable[..., Any] | None
@@ -178,6 +179,7 @@ class FirstBatch(ABC):
         self.prediction, self.prediction_note = planned.prediction, planned.note
         self.plan, self._program, self._held = planned.plan, planned.program, planned.held
         self.predicted, self.predicted_device = planned.ledger, planned.device
+        self._freed_stay = planned.is_ample
 
     def _look_at_pipelines(self, base: Plan, shares: Callable[[int], Any], refused: DoesNotFit | None) -> None:
         """Pipelines beside the plan that was found, if any: `better` is the one that is faster. Collective.
@@ -289,7 +291,9 @@ class FirstBatch(ABC):
         assert self._program is not None
         if self.plan.keeps_freed:
             assert self.predicted is not None
-            self._heap = StepHeap(self.predicted.peak_bytes, RESERVE_BYTES // 2)  # no more than was predicted
+            most_bytes = self.memory.host_bytes if self._freed_stay else self.predicted.peak_bytes
+            assert most_bytes is not None
+            self._heap = StepHeap(most_bytes, RESERVE_BYTES // 2, self._freed_stay)
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)

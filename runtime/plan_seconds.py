@@ -82,7 +82,7 @@ def remembered(costs: Costs) -> Callable[[Instruction], Work]:
 
 def _times(plan: Plan, profiled: Profiled, memory: MemoryProfile | None) -> TimeProfile:
     """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults."""
-    if not plan.keeps_freed:
+    if not plan.keeps_freed or profiled.kept_freed:
         return profiled.times
     assert memory is not None
     return without_faults(profiled.times, memory, profiled.hardware.fault_s_per_byte)

@@ -26,6 +26,8 @@ class Planned:
         device: likewise the device's, where it has memory of its own.
         prediction: of a step's seconds; None where they were not measured.
         note: why they were not, where they were to be.
+        is_ample: whether freed blocks stay from step to step, as far as the budget goes; what is resident is then not
+            held to what was predicted.
     """
 
     plan: Plan
@@ -35,6 +37,7 @@ class Planned:
     device: Ledger | None = None
     prediction: Prediction | None = None
     note: str = ""
+    is_ample: bool = False
 
     def beside(self, others: "Sequence[tuple[int, Planned | DoesNotFit]]") -> "Planned":
         """With a fate for other numbers of micro-batches."""

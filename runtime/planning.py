@@ -142,12 +142,12 @@ class _Planning:
             return Planned(plan, program, shape.held, None)
         self._count_process()
         if is_ample:
-            found = self.assess(plan)
+            found = self.assess(replace(plan, keeps_freed=plan.unified))
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
                 note = self._measure_seconds(plan, open_, keeps_freed=True) if predicts else ""
                 with self._clock("searching"):
                     found, fates = self._among_ample(found, open_)
-                return self._planned(_Decided(plan, open_, found, fates, note), explores)
+                return self._planned(_Decided(plan, open_, found, fates, note), explores, is_ample)
         return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
         return self._planned(self._tight(plan, open_, predicts), explores)
 
@@ -162,19 +162,21 @@ class _Planning:
         finally:
             self.budgets = budgets
 
-    def _planned(self, decided: "_Decided", explores: bool) -> Planned:
+    def _planned(self, decided: "_Decided", explores: bool, is_ample: bool = False) -> Planned:
         found = decided.found
         shape = self.shape_of(found.plan)
         verify(found.program, shape, found.plan)
         prediction = None
         if self.profiled is not None:
-            prediction = self._prediction(found, shape, decided.fates)
+            prediction = self._prediction(found, shape, decided.fates, is_bound=not is_ample)
             if explores and decided.open_.is_any:
                 with self._clock("asking what more would buy"):
                     what_if = tuple(self._what_if(decided.plan, decided.open_, prediction.seconds))
                 prediction = replace(prediction, what_if=what_if)
             prediction = replace(prediction, took_s=dict(self._took_s))
-        return Planned(found.plan, found.program, shape.held, found.ledger, found.device, prediction, decided.note)
+        return Planned(
+            found.plan, found.program, shape.held, found.ledger, found.device, prediction, decided.note, is_ample
+        )
 
     def _tight(self, plan: Plan, open_: Open, predicts: bool) -> "_Decided":
         """The best plan that keeps freed blocks, which saves page faults and takes memory; or that does not, where that
@@ -211,12 +213,12 @@ class _Planning:
         kept = replace(plan, keeps_freed=True), replace(open_, order=open_.order and one_heap)
         return [kept, (plan, open_)]
 
-    def _prediction(self, found: Assessment, shape: StepShape, fates: Sequence[Fate]) -> Prediction:
+    def _prediction(self, found: Assessment, shape: StepShape, fates: Sequence[Fate], is_bound: bool) -> Prediction:
         ledgers, budgets = {"host": found.ledger}, {"host": self.budgets.host}
         if found.device is not None:
             ledgers["device"] = found.device
             budgets["device"] = self.budgets.device or 0
-        return Prediction.of(found.program, shape, self.simulated(found), ledgers, budgets, fates)
+        return Prediction.of(found.program, shape, self.simulated(found), ledgers, budgets, fates, is_bound)
 
     def _what_if(self, plan: Plan, open_: Open, seconds: float) -> Iterator[Fate]:
         """The plans that there would be with more: of memory, or of the disk's bandwidth."""

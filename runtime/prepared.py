@@ -181,6 +181,7 @@ class PreparedEngine(FirstBatch):
         self._trace: Trace | None = None
         self._program: Program | None = None
         self._heap: StepHeap | None = None  # where blocks that are freed stay the process's
+        self._freed_stay = False  # from step to step
         self._has_stepped = False
         self._is_carried = False  # whether the last step's writes are still to be done
         self._losses: dict[int, float] = {}  # micro-batch -> its part of this rank's loss

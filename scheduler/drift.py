@@ -80,12 +80,18 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Overrun:
-    """A tier that held more than its prediction."""
+    """A tier that held more than it should.
+
+    Attributes:
+        most_bytes: its prediction, or, where freed blocks stay, its budget.
+        measured_bytes: more than that.
+    """
 
     step: int
     tier: str
-    predicted_bytes: int
+    most_bytes: int
     measured_bytes: int
+    is_budget: bool = False
 
     @property
     def place(self) -> str:
@@ -95,10 +101,10 @@ class Overrun:
     @property
     def words(self) -> str:
         """In one sentence."""
+        most = "are its budget" if self.is_budget else "were predicted to be the most"
         return (
             f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and "
-            f"{format_bytes(self.predicted_bytes)} were predicted to be the most: what this project counts is not all "
-            "that the process holds"
+            f"{format_bytes(self.most_bytes)} {most}: what this project counts is not all that the process holds"
         )
 
 
@@ -120,9 +126,11 @@ class DriftWatch:
         found: list[Drift | Overrun] = []
         for tier in self._prediction.tiers:
             held = peak_bytes.get(tier.tier, 0)
-            if held > tier.peak_bytes and tier.tier not in self._said:
+            budget = None if tier.is_bound else tier.budget_bytes
+            most = tier.peak_bytes if budget is None else budget
+            if held > most and tier.tier not in self._said:
                 self._said.add(tier.tier)
-                found.append(Overrun(step, tier.tier, tier.peak_bytes, held))
+                found.append(Overrun(step, tier.tier, most, held, budget is not None))
         if self._is_first:  # it warms things up
             self._is_first = False
             return found

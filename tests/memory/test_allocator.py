@@ -48,6 +48,18 @@ for spare_mib in (200, 1 << 20):
         again = faults()
     print(peak_host_bytes(0) - begin, heap.num_returns, again, read_process_memory().resident_bytes - begin)
 heap.make_room(1 << 60)
+spare = read_process_memory().resident_bytes + 200 * MIB
+staying = StepHeap(spare, 4 * MIB, stays_open=True)
+reset_peak()
+with staying.step():
+    for number in range(12):
+        staying.make_room(4 * (20 + number) * MIB)
+        phase(number)
+faults()
+kept = faults()
+print(peak_host_bytes(0) - spare, staying.num_returns, kept)
+return_blocks_at_once()
+return_freed_blocks()
 print(heap.num_returns, given_back, faults(), num_heaps(), int(uses_first_heap()))
 """
 
@@ -74,7 +86,7 @@ def test_blocks_that_were_freed_are_used_again() -> None:
 
 
 def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
-    tight, ample, [num_returns, given_back, after, num_heaps, is_first] = run(_STEP)
+    tight, ample, staying, [num_returns, given_back, after, num_heaps, is_first] = run(_STEP)
     peak_bytes, tight_returns, kept, left_bytes = tight
     assert peak_bytes <= 200 << 20, "twelve phases made 1200 MiB"
     assert tight_returns > 0
@@ -82,6 +94,8 @@ def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
     assert left_bytes < 8 << 20, "at the end of a step everything is given back"
     assert ample[1] == num_returns == 0, "nothing had to be given back, and outside of a step nothing is"
     assert ample[2] < given_back / 10
+    assert staying[0] <= 0 < staying[1], "freed blocks that stay are bound too"
+    assert staying[2] < given_back / 10, "behind the step"
     assert after > 1000, "between steps blocks go back at once"
     assert (num_heaps, is_first) == (1, 1)
 

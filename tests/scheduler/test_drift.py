@@ -121,6 +121,15 @@ def test_bytes_above_the_prediction_are_reported_at_once_and_once() -> None:
     assert DriftWatch(PREDICTION).note(1, timeline(), {"host": 2 * GIB}) != [], "also in the first step"
 
 
+def test_where_freed_blocks_stay_a_tier_is_held_to_its_budget() -> None:
+    tier = TierPrediction("host", GIB, 2 * GIB, ((0.0, GIB),), is_bound=False)
+    watch = DriftWatch(Prediction(timeline(), {}, (tier,), ("u0",)))
+    assert watch.note(1, timeline(), {"host": 2 * GIB}) == []
+    (overrun,) = watch.note(2, timeline(), {"host": 3 * GIB})
+    assert overrun == Overrun(2, "host", 2 * GIB, 3 * GIB, is_budget=True)
+    assert "held 3.00 GiB, and 2.00 GiB are its budget" in overrun.words
+
+
 def test_what_is_remembered_is_bounded() -> None:
     watch = DriftWatch(PREDICTION)
     for number in range(1, 500):

@@ -1,0 +1,43 @@
+"""In ample memory freed blocks stay from step to step; what is resident is then held to the budget."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from outgrow.memory.budget import Memory
+from outgrow.memory.process import read_process_memory
+from outgrow.runtime.engine import Engine
+
+BATCH = torch.ones(4, 64), torch.ones(4, 64)
+
+
+def predicted_engine(host_bytes: int) -> Engine:
+    return Engine(
+        nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)),
+        optimizer=partial(torch.optim.AdamW, lr=0.1),
+        loss=nn.functional.mse_loss,
+        memory=Memory(host=host_bytes),
+        predict=True,
+        example=BATCH,
+    )
+
+
+def test_a_prediction_says_that_freed_blocks_come_on_top_and_the_budget_holds_them() -> None:
+    budget = 4 * read_process_memory().resident_bytes
+    engine = predicted_engine(budget)
+    try:
+        assert engine.prediction is not None
+        (tier,) = engine.prediction.tiers
+        assert (tier.is_bound, tier.budget_bytes) == (False, budget)
+        assert tier.peak_bytes < budget
+        assert engine.plan.keeps_freed
+        engine.step(BATCH)
+        assert engine._heap is not None
+        before = engine._heap.num_returns
+        engine._heap.make_room(budget)  # more than there is beside what is resident
+        assert engine._heap.num_returns == before + 1
+        engine._heap.make_room(1 << 20)
+        assert engine._heap.num_returns == before + 1
+    finally:
+        engine.close()
