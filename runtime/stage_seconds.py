@@ -23,11 +23,11 @@ from ..scheduler.program import Instruction, Program
 from ..scheduler.rank_play import KINDS, RunSeconds, Shared, play_ranks
 from ..scheduler.simulate import Work
 from ..scheduler.stage_choice import UnitSeconds
-from .unit_costs import UnitTimer
+from .unit_costs import Round, UnitTimer
 
 __all__ = ["ELEMS_BYTES", "ElemSeconds", "elem_seconds", "hosts_of", "play_step", "unit_seconds"]
 
-_TOGETHER, _ALONE = 4, 2  # rounds that count
+_TURNS, _TOGETHER = 3, 2  # of all ranks at once and of one alone; rounds of those at once that count
 _ELEMS = 1 << 22  # more than caches hold, with their slots
 ELEMS_BYTES = 10 * 4 * _ELEMS
 """That `elem_seconds` takes at most, with what an optimizer makes on its way."""
@@ -37,17 +37,25 @@ _PLAYED = frozenset({*KINDS, Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B,
 def unit_seconds(timer: UnitTimer, mesh: Mesh, kinds: Set[Kind] = frozenset(KINDS)) -> list[UnitSeconds]:
     """Of each unit run, the same on all ranks. Collective.
 
+    All ranks and one alone take turns: how much faster one is while the others wait is a ratio of the two, and the
+    machine's speed changes.
+
     Args:
         kinds: of actions, that are wanted.
     """
     once = partial(timer.round, Kind.I in kinds or Kind.W in kinds, Kind.B in kinds)
     once()  # pays for what libraries set up, and makes the gradients that the others add to
+    together: list[Round] = []
+    alone: list[Round] = []
+    for _ in range(_TURNS):
+        dist.barrier()
+        together += [once() for _ in range(_TOGETHER)]
+        once()  # another rank may still be at one that counts
+        dist.barrier()
+        if mesh.rank == 0:
+            alone.append(once())
     dist.barrier()
-    together = [once() for _ in range(_TOGETHER)]
-    once()  # another rank may still be at one that counts
-    dist.barrier()
-    alone = [once() for _ in range(_ALONE)] if mesh.rank == 0 else together
-    dist.barrier()
+    alone = alone or together  # of other ranks nobody asks
     own = [run.by_kind for run in timer.seconds(together)], [run.by_kind for run in timer.seconds(alone)]
     rows: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(rows, own)

@@ -11,7 +11,6 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..parallel.units import Unit
 from ..scheduler.dataflow import Flow, Output, TensorSpec
 from ..scheduler.stage_choice import UnitSeconds
-from ..scheduler.stopwatch import OtherMemory
+from ..scheduler.stopwatch import OtherMemory, typical
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from .direct_layers import DirectLayers
@@ -168,8 +167,4 @@ def _run_loss(
 
 
 def _typical(rounds: Sequence[_Seconds]) -> UnitSeconds:
-    """The means without the fastest and the slowest fifth: a step goes through a machine's faster and slower moments
-    too, which a median would leave out, but not through a stall each time."""
-    left_out = len(rounds) // 5
-    kept = [sorted(column)[left_out : len(rounds) - left_out] for column in zip(*rounds, strict=True)]
-    return UnitSeconds.of(fmean(column) for column in kept)
+    return UnitSeconds.of(typical(column) for column in zip(*rounds, strict=True))

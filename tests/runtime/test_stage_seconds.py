@@ -1,6 +1,10 @@
-import pytest
+from typing import Any, cast
 
-from outgrow.runtime.stage_seconds import ElemSeconds, play_step
+import pytest
+import torch.distributed as dist
+
+from outgrow.parallel.mesh import Mesh
+from outgrow.runtime.stage_seconds import ElemSeconds, play_step, unit_seconds
 from outgrow.scheduler.program import Program
 from outgrow.scheduler.stage_choice import UnitSeconds
 
@@ -28,3 +32,30 @@ def test_a_step_is_made_of_units_norm_and_updates():
 def test_of_what_is_not_timed_nothing_is_said():
     disk = Program.parse(TEXT.replace("net NORM", "read READ c0:optim"))
     assert play_step([disk], RUNS, (0,), ELEMS, [[8]]) is None
+
+
+class Clocked:
+    """A timer whose rounds take as many seconds as their number."""
+
+    def __init__(self):
+        self.num_rounds = 0
+
+    def round(self, halves, whole):
+        self.num_rounds += 1
+        return self.num_rounds
+
+    def seconds(self, rounds):
+        return [UnitSeconds(*map(float, rounds[:3]), float(sum(rounds)))]
+
+
+def test_all_ranks_and_one_alone_take_turns():
+    """So that a machine that changes its speed meanwhile changes both alike."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        (found,) = unit_seconds(cast(Any, Clocked()), Mesh(0, 1, 1))
+    finally:
+        dist.destroy_process_group()
+    # 1 warms up; then two count, one keeps the others busy, and one is alone, three times.
+    assert found.by_kind == (2, 3, 6, 2 + 3 + 6 + 7 + 10 + 11)
+    assert found.alone is not None
+    assert found.alone.by_kind == (5, 9, 13, 5 + 9 + 13)
