@@ -42,13 +42,21 @@ def _order(rank: int, p: int, m: int) -> list[Op]:
     for _ in range(2 * (p - 1 - rank)):
         forward(0)
     for _ in range(rank + 1):
-        forward(0), forward(1)
+        forward(0)
+        forward(1)
     for _ in range(p - 1 - rank):
-        backward(1, split=True), weight(), forward(1)
+        backward(1, split=True)
+        weight()
+        forward(1)
     for _ in range(m - 2 * p + rank + 1):
-        forward(0), backward(1), forward(1), backward(0)
+        forward(0)
+        backward(1)
+        forward(1)
+        backward(0)
     for _ in range(p - 1 - rank):
-        backward(1), forward(1), backward(0)
+        backward(1)
+        forward(1)
+        backward(0)
     split = False
     for i in range(rank + 1):  # the second half of these has its weight gradients put off
         split = split or (i == (rank + 1) // 2 and rank % 2 == 1)
@@ -56,7 +64,8 @@ def _order(rank: int, p: int, m: int) -> list[Op]:
         split = split or (i == (rank + 1) // 2 and rank % 2 == 0)
         backward(0, split)
     for _ in range(p - 1 - rank):
-        weight(), backward(0, split)
+        weight()
+        backward(0, split)
     for _ in range(rank + 1):
         weight()
     return order

@@ -70,31 +70,32 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Draft:
         order: list[Op] = []
         count: dict[tuple[Kind, int], int] = {}
 
-        def add(kind: Kind, chunk: int, order=order, count=count, stages=stages) -> None:
-            j = count.get((kind, chunk), 0)
-            count[kind, chunk] = j + 1
-            order.append((kind, stages[chunk], j))
+        def add(*ops: tuple[Kind, int], order=order, count=count, stages=stages) -> None:
+            for kind, chunk in ops:
+                j = count.get((kind, chunk), 0)
+                count[kind, chunk] = j + 1
+                order.append((kind, stages[chunk], j))
 
         def has(kind: Kind, chunk: int, count=count) -> int:
             return count.get((kind, chunk), 0)
 
         for _ in range(2 * (p - rank) - 1):
-            add(F, 0)
+            add((F, 0))
         for _ in range(rank):
-            add(F, 1), add(F, 0)
+            add((F, 1), (F, 0))
         for _ in range(p - rank):
-            add(F, 1), add(I, 1), add(W, 1)
+            add((F, 1), (I, 1), (W, 1))
         while has(F, 1) < has(F, 0) or has(F, 0) < m:
             if has(F, 0) < m:
-                add(F, 0)
-            add(I, 0), add(W, 0), add(F, 1), add(I, 1), add(W, 1)
+                add((F, 0))
+            add((I, 0), (W, 0), (F, 1), (I, 1), (W, 1))
         for _ in range(rank):
-            add(I, 0), add(I, 1)
+            add((I, 0), (I, 1))
         for _ in range(p - rank):
-            add(I, 0), add(W, 0)
+            add((I, 0), (W, 0))
         for chunk in (1, 0):
             while has(W, chunk) < has(I, chunk):
-                add(W, chunk)
+                add((W, chunk))
         orders.append(order)
     return vee(p), cut_to(num_micro_batches, orders)
 
