@@ -23,6 +23,7 @@ from .stages import balance, check_starts
 __all__ = ["UnitSeconds", "choose_stages", "costs_of", "schedule_of", "step_seconds"]
 
 _MOST_PLAYED = 40_000  # actions times ranks, of schedules that are played with ranks that slow each other down
+_TIE = 0.01  # of measured seconds: less than a machine can tell; the schedule that keeps less open is then taken
 _COPIES = (Kind.SAVE, Kind.LOAD)
 _RULES = tuple(
     Rules(forward_first, True, spacing, 0, patience)
@@ -248,18 +249,21 @@ def schedule_of(plan: PipelinePlan, micro_batches: int) -> Schedule:
     timed.sort(key=lambda each: (each.makespan_s, each.span_s))
     if not plan.alone_s:
         return timed[0].schedule
-    played = _affordable(timed)
-    return played[0] if len(played) == 1 else min(played, key=lambda order: step_seconds(plan, order))
+    played = [(step_seconds(plan, each.schedule), each) for each in _affordable(timed)]
+    best_s = min(seconds for seconds, _ in played)
+    near = [(max(each.peak_activations), seconds, each) for seconds, each in played if seconds <= best_s * (1 + _TIE)]
+    return min(near, key=lambda found: found[:2])[-1].schedule
 
 
-def _affordable(timed: Sequence[Timing]) -> list[Schedule]:
+def _affordable(timed: Sequence[Timing]) -> list[Timing]:
     """The first ones, different from each other, as many as can be played in a second or so."""
-    found: dict[Schedule, None] = {}
+    found: dict[Schedule, Timing] = {}
     left = _MOST_PLAYED
-    for order in (each.schedule for each in timed):
+    for each in timed:
+        order = each.schedule
         if order not in found:
             left -= sum(map(len, order.orders)) * order.num_ranks
             if found and left < 0:
                 break
-            found[order] = None
-    return list(found)
+            found[order] = each
+    return list(found.values())

@@ -132,3 +132,16 @@ def test_a_plan_with_a_pipeline_comes_back_from_json():
 def test_plans_whose_parts_do_not_belong_together_are_refused(fields: dict[str, tuple[float, ...]]):
     with pytest.raises(ValueError, match=r"stages have|room for activations|of whole backward passes"):
         replace(PipelinePlan(2, "1f1b", loop(2), (0, 4)), **fields)
+
+
+def test_of_schedules_that_no_machine_can_tell_apart_auto_takes_the_one_that_keeps_less():
+    """GPipe and 1F1B take the same time here; the order of the list must not decide."""
+    same = UnitSeconds(2.0, 1.0, 1.0)
+    runs = [UnitSeconds(*same.by_kind[:3], alone=same)] * 2
+    plan = choose_stages("auto", 2, 8, runs, starts=(0, 1), hosts=(0, 1))
+    costs = costs_of(plan)
+    chosen = simulate(schedule_of(replace(plan, alone_s=((2.0, 1.0, 1.0, 2.0),) * 2), 8), costs)
+    fast = simulate(schedule_of(replace(plan, alone_s=()), 8), costs)
+    assert chosen.makespan_s <= 1.01 * fast.makespan_s
+    assert max(chosen.peak_activations) <= max(fast.peak_activations)
+    assert max(chosen.peak_activations) <= 2 * costs.activations[0]
