@@ -125,7 +125,7 @@ class PlanMember:
 
 class SpaceMember:
     """Lists the reduced space: residency x activations x order x time of updates, prefetch 1, all chunks and units
-    alike."""
+    alike; in tight memory freed blocks go back at once, whoever shares the state."""
 
     def __init__(self, rank: Rank, model: str, folder: str) -> None:
         self._rank, self._model, self._folder = rank, model, folder
@@ -153,7 +153,7 @@ class SpaceMember:
         assert base.predicted is not None
         process_bytes = base.predicted.parts["process"]  # later ones find what earlier ones have left
         num_units = len(base.unit_names)
-        variants = _variants(base.plan, num_units)
+        variants = _variants(replace(base.plan, keeps_freed=False), num_units)
         base.close()
         for plan in variants:
             found = look(plan)

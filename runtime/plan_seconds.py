@@ -13,7 +13,6 @@ from ..scheduler.assessment import Assessment
 from ..scheduler.cost import Costs, TimeProfile
 from ..scheduler.memory_profile import MemoryProfile
 from ..scheduler.pieces import without_faults
-from ..scheduler.plan import Plan
 from ..scheduler.program import Instruction, StepShape
 from ..scheduler.simulate import Simulated, Work, simulate, simulated_seconds
 from .profiling import Profiled
@@ -40,15 +39,16 @@ class StepSeconds:
 
     def simulated(self, found: Assessment, shape: StepShape) -> Simulated:
         """A step of an assessed plan, whose shape is given."""
-        costs = self._costs(found.plan, shape)
+        costs = self._costs(found, shape)
         return simulate(found.program, remembered(costs), costs.capacity)
 
     def of(self, found: Assessment, shape: StepShape) -> float:
         """`simulated(...).seconds`, in less time."""
-        costs = self._costs(found.plan, shape)
+        costs = self._costs(found, shape)
         return simulated_seconds(found.program, remembered(costs), costs.capacity)
 
-    def _costs(self, plan: Plan, shape: StepShape) -> Costs:
+    def _costs(self, found: Assessment, shape: StepShape) -> Costs:
+        plan = found.plan
         num_elems = [
             layout.num_elems // (plan.world_size if decision.optimizer_sharded else 1) * layout.trainable
             for layout, decision in zip(self.layouts, plan.chunks, strict=True)
@@ -57,7 +57,7 @@ class StepSeconds:
         return Costs(
             shape,
             plan,
-            _times(plan, self.profiled, self.memory),
+            _times(found, self.profiled, self.memory),
             self.profiled.hardware,
             num_elems,
             shares_parameters=is_here,
@@ -80,9 +80,10 @@ def remembered(costs: Costs) -> Callable[[Instruction], Work]:
     return cost
 
 
-def _times(plan: Plan, profiled: Profiled, memory: MemoryProfile | None) -> TimeProfile:
-    """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults."""
-    if not plan.keeps_freed or profiled.kept_freed:
+def _times(found: Assessment, profiled: Profiled, memory: MemoryProfile | None) -> TimeProfile:
+    """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults, but for
+    what lies in fresh pages all the same."""
+    if not found.plan.keeps_freed or profiled.kept_freed:
         return profiled.times
     assert memory is not None
-    return without_faults(profiled.times, memory, profiled.hardware.fault_s_per_byte)
+    return without_faults(profiled.times, memory, profiled.hardware.fault_s_per_byte, found.ledger.fresh_shares)

@@ -22,6 +22,7 @@ import torch
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
 from ..memory.huge_pages import asks_for_huge_pages
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
+from ..scheduler.stopwatch import typical
 from .machine import num_cores
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["PROBE_BYTES", "cache_folder", "kept_figures", "machine_key", "measure_net", "probe", "update_speed"]
 
 _ELEMS = 6 << 20  # of a tensor for memory figures: two of 24 MiB are more than caches hold
-_DISK_BYTES = 192 << 20
+_DISK_BYTES = 96 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
-_ROUNDS = 5
+_ROUNDS, _FAULT_ROUNDS = 5, 25
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
-_METHOD = 2  # of measuring: figures that were taken by another one are not comparable
+_METHOD = 3  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
-PROBE_BYTES = 176 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
+PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
 
 def cache_folder() -> Path:
@@ -151,9 +152,9 @@ def _transfers(times: TransferTimes) -> Transfers:
 
 def _fault_seconds() -> float:
     """For each byte of a fresh tensor, what filling it takes more than filling it again."""
-    size = 4 * _ELEMS
+    size = 8 << 20
     differences: list[float] = []
-    for _ in range(_ROUNDS):
+    for _ in range(_FAULT_ROUNDS):
         with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as fresh:
             if asks_for_huge_pages():
                 with suppress(OSError):  # a kernel without huge pages
@@ -165,7 +166,7 @@ def _fault_seconds() -> float:
                 times.append(time.perf_counter())
             differences.append((times[1] - times[0]) - (times[2] - times[1]))
             del values
-    return max(0.0, statistics.median(differences)) / size
+    return max(0.0, typical(differences)) / size
 
 
 def _action_seconds() -> float:

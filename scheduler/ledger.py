@@ -5,8 +5,9 @@ Owns adding up what lives when: state, buffers, gradients, activations. Does not
 done where they do not fit (`fit.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from ..parallel.actions import Action, Kind
 from .copies import gathered_peak
@@ -57,6 +58,7 @@ class Ledger:
         levels: (position in the program, bytes) of every action that was added up: the others hold no more than the
             one before them.
         growth_bytes: phase -> by how much the heap grows in it at the most, where freed blocks are kept.
+        fresh_shares: phase -> part of what it makes that lies in fresh pages there.
     """
 
     peak_bytes: int
@@ -64,6 +66,7 @@ class Ledger:
     parts: dict[str, int]
     levels: tuple[tuple[int, int], ...] = ()
     growth_bytes: Mapping[Phase, int] = field(default_factory=dict)
+    fresh_shares: Mapping[Phase, float] = field(default_factory=dict)
 
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
@@ -88,6 +91,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     fixed_bytes, held_bytes = sum(fixed.values()), 0
     best = Ledger(0, "", {})
     sizes: list[tuple[int, int]] = []
+    begun: list[tuple[Phase, int]] = []
     for position, instruction in enumerate(program.instructions):
         action = instruction.action
         activations = update = 0
@@ -95,6 +99,8 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             if action.kind is Kind.B:
                 held |= _completed(action, shape)
                 held_bytes = sum(gradients.get(chunk, 0) for chunk in held)
+            assert action.index is not None
+            begun.append(((str(action.kind), action.index), fixed_bytes + held_bytes + walk.now))
             activations = walk.top(action) if plan.unified else 0
         elif action.kind is Kind.STEP:
             assert action.index is not None
@@ -110,8 +116,12 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         if action.kind is Kind.STEP and action.index is not None and action.index in held:
             held.discard(action.index)
             held_bytes -= gradients.get(action.index, 0)
-    growth = _growth(levels, profile, plan) if plan.keeps_freed else {}
-    return replace(best, levels=tuple(sizes), growth_bytes=growth)
+    if not plan.keeps_freed:
+        return replace(best, levels=tuple(sizes))
+    growth = _growth(levels, profile, plan)
+    held_back = [(phase, size - figures.reserve_bytes) for phase, size in begun]
+    fresh = _fresh_shares(held_back, levels, growth, best.peak_bytes - figures.reserve_bytes // 2)
+    return replace(best, levels=tuple(sizes), growth_bytes=growth, fresh_shares=fresh)
 
 
 def _growth(levels: Levels, profile: MemoryProfile, plan: Plan) -> dict[Phase, int]:
@@ -119,6 +129,31 @@ def _growth(levels: Levels, profile: MemoryProfile, plan: Plan) -> dict[Phase, i
     let go of at every turn, and taken again."""
     again = profile.library_bytes if plan.order is MicroBatchOrder.BY_UNIT else 0
     return {phase: growth + again for phase, growth in zip(levels.order, levels.growth_bytes, strict=True)}
+
+
+def _fresh_shares(
+    begun: Sequence[tuple[Phase, int]], levels: Levels, growth: Mapping[Phase, int], most_bytes: int
+) -> dict[Phase, float]:
+    """How much of what each phase makes lies in fresh pages, where a heap keeps freed blocks within `most_bytes`: at
+    first, and behind each time that it had to give them back. The mean over micro-batches.
+
+    Args:
+        begun: the phases in their order, with what is held at the begin of each.
+        growth: what each phase may add, as the heap is told.
+    """
+    place = {phase: position for position, phase in enumerate(levels.order)}
+    shares: dict[Phase, list[float]] = {}
+    resident = 0
+    for phase, held in begun:
+        if (at := place.get(phase)) is None:
+            continue
+        resident = max(resident, held)
+        if resident + growth[phase] > most_bytes:
+            resident = held
+        top = held + levels.summing_top_bytes[at] - levels.begin_bytes[at]
+        shares.setdefault(phase, []).append(min(1.0, max(0, top - resident) / max(1, levels.growth_bytes[at])))
+        resident = max(resident, top)
+    return {phase: fmean(found) for phase, found in shares.items()}
 
 
 def _completed(action: Action, shape: StepShape) -> set[int]:

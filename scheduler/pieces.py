@@ -4,7 +4,7 @@ Owns the step from measured bytes and seconds to pieces, and from a choice for u
 the choice (`recompute.py`) nor the figures (`memory_profile.py`, `cost.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .cost import TimeProfile, UnitSeconds
@@ -12,6 +12,7 @@ from .hardware import DiskFigures
 from .memory_profile import MemoryProfile, UnitMemory
 from .plan import Activations
 from .recompute import Piece, choose_activations
+from .trace import Phase
 
 __all__ = ["choose_for_units", "pieces_of", "without_faults"]
 
@@ -68,30 +69,43 @@ def choose_for_units(
     return words
 
 
-def without_faults(times: TimeProfile, memory: MemoryProfile, fault_s_per_byte: float) -> TimeProfile:
+def without_faults(
+    times: TimeProfile,
+    memory: MemoryProfile,
+    fault_s_per_byte: float,
+    fresh_shares: Mapping[Phase, float] | None = None,
+) -> TimeProfile:
     """What units take where the blocks that they free are kept, from what they take where each is a fresh one of the
-    kernel's: less its page faults, for all that a unit makes. At least half of it is left."""
+    kernel's: less its page faults, for all that a unit makes. At least half of it is left.
 
-    def less(seconds: float, churn_bytes: int) -> float:
-        return max(seconds - fault_s_per_byte * churn_bytes, seconds / 2)
+    Args:
+        fresh_shares: phase -> part of what it makes that is fresh all the same (`Ledger.fresh_shares`).
+    """
+    fresh = fresh_shares or {}
 
-    def of(unit: UnitMemory, seconds: UnitSeconds) -> UnitSeconds:
-        backward_s = less(seconds.backward_s, unit.backward.churn_bytes)
+    def less(seconds: float, churn_bytes: int, phase: Phase) -> float:
+        saved_s = fault_s_per_byte * churn_bytes * (1 - fresh.get(phase, 0.0))
+        return max(seconds - saved_s, seconds / 2)
+
+    def of(run: int, unit: UnitMemory, seconds: UnitSeconds) -> UnitSeconds:
+        forward, backward = ("F", run), ("B", run)
+        backward_s = less(seconds.backward_s, unit.backward.churn_bytes, backward)
         return replace(
             seconds,
-            forward_s=less(seconds.forward_s, unit.forward.churn_bytes),
+            forward_s=less(seconds.forward_s, unit.forward.churn_bytes, forward),
             backward_s=backward_s,
             weight_s=min(seconds.weight_s, backward_s),
-            recompute_s=less(seconds.recompute_s, unit.recompute_churn_bytes),
+            recompute_s=less(seconds.recompute_s, unit.recompute_churn_bytes, backward),
             selective_s=None
             if seconds.selective_s is None
-            else less(seconds.selective_s, unit.recompute_churn_bytes - unit.kept_beside_bytes),
+            else less(seconds.selective_s, unit.recompute_churn_bytes - unit.kept_beside_bytes, backward),
         )
 
-    units = tuple(of(*pair) for pair in zip(memory.units, times.units, strict=True))
+    units = tuple(of(run, *pair) for run, pair in enumerate(zip(memory.units, times.units, strict=True)))
+    last = len(units) - 1
     return TimeProfile(
         units,
-        less(times.loss_s, memory.loss.churn_bytes),
-        less(times.loss_backward_s, memory.loss_backward.churn_bytes),
+        less(times.loss_s, memory.loss.churn_bytes, ("F", last)),
+        less(times.loss_backward_s, memory.loss_backward.churn_bytes, ("B", last)),
         times.in_turns,
     )

@@ -23,7 +23,7 @@ _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
-_NUM_TURNS = 2
+_NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least
 
 
 def _cache_bytes() -> int:
@@ -119,7 +119,7 @@ class Stopwatch:
             return sum(self._once(way))
 
         once()
-        while sum(alone) < _LEAST_S and len(alone) < _MOST_ROUNDS:
+        while sum(alone) < _TURNS_S and len(alone) < _MOST_ROUNDS:
             alone += [once() for _ in range(_NUM_TURNS)]
             with ExitStack() as stack:  # apart from the ones alone, which a second team would slow too
                 threads = [stack.enter_context(ThreadPoolExecutor(1, "turn")) for _ in range(_NUM_TURNS)]

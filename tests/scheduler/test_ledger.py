@@ -7,7 +7,8 @@ import pytest
 from chain import DEPTH, WEIGHT_BYTES, profile_of
 
 from outgrow.parallel.actions import Kind
-from outgrow.scheduler.ledger import HostFigures, Ledger, host_ledger
+from outgrow.scheduler.ledger import HostFigures, Ledger, _fresh_shares, host_ledger
+from outgrow.scheduler.memory_levels import Levels
 from outgrow.scheduler.memory_profile import MemoryProfile
 from outgrow.scheduler.passes import compile_program
 from outgrow.scheduler.plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
@@ -104,3 +105,26 @@ def test_where_freed_blocks_are_kept_all_that_a_phase_makes_counts(profile: Memo
     by_unit = ledger(profile, keeps_freed=True, micro_batches=2, order=MicroBatchOrder.BY_UNIT)
     assert profile.library_bytes > 0
     assert {phase: size + profile.library_bytes for phase, size in kept.growth_bytes.items()} == by_unit.growth_bytes
+
+
+def test_a_heap_that_has_room_makes_fresh_pages_once_and_one_that_has_none_every_time() -> None:
+    """One unit that holds nothing between its passes: 10 bytes rise and 20 made forward, 20 and 40 backward."""
+    order = (("F", 0), ("B", 0))
+    levels = Levels(order, (0, 0), (10, 20), (10, 20), (20, 40))
+    begun = [(phase, 100) for phase in order * 4]
+    growth = {order[0]: 20, order[1]: 40}
+    wide = _fresh_shares(begun, levels, growth, 200)
+    assert wide == {order[0]: 0.5 / 4, order[1]: 0.25 / 4}, "10 of 20, then 10 more of 40, and never again"
+    narrow = _fresh_shares(begun, levels, growth, 140)  # less than the backward pass may need
+    assert narrow[order[1]] == 0.5, "all that it rises by, each time"
+    # Forward finds what backward has left: only the first one is fresh.
+    assert narrow[order[0]] == 0.5 / 4
+    assert _fresh_shares(begun, levels, growth, 100)[order[0]] == 0.5, "and nothing where there is no room at all"
+
+
+def test_fresh_pages_are_told_where_freed_blocks_are_kept(profile: MemoryProfile) -> None:
+    assert ledger(profile).fresh_shares == {}
+    shares = ledger(profile, keeps_freed=True).fresh_shares
+    assert set(shares) == {phase for phase in profile.order if phase[0] in ("F", "B")}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert shares["F", 0] > 0, "the first micro-batch finds nothing"

@@ -82,6 +82,10 @@ def test_kept_blocks_save_page_faults_for_what_a_unit_makes() -> None:
         assert after.backward_s == before.backward_s - fault * unit.backward.churn_bytes
         assert after.recompute_s == before.recompute_s - fault * unit.recompute_churn_bytes
         assert after.selective_s is None
+    half = without_faults(times, memory, fault, {("F", 1): 0.5, ("B", 1): 1.0})
+    assert half.units[0] == found.units[0]
+    assert half.units[1].forward_s == times.units[1].forward_s - fault * memory.units[1].forward.churn_bytes / 2
+    assert half.units[1].backward_s == times.units[1].backward_s, "all of it is fresh: no fault is saved"
     assert without_faults(times, memory, 0.0) == times
     assert all(unit.forward_s == 0.5 for unit in without_faults(times, memory, 1.0).units), "half is left at least"
 

@@ -75,7 +75,7 @@ def test_turns_are_taken_in_threads_that_end(monkeypatch: pytest.MonkeyPatch) ->
     module, way = layer()
     names = []
     watched = Way(lambda: names.append(threading.current_thread().name) or module(way.given[0]), way.given, way.trained)
-    monkeypatch.setattr(stopwatch, "_LEAST_S", 0.0001)
+    monkeypatch.setattr(stopwatch, "_TURNS_S", 0.0001)
     assert Stopwatch(4).in_turns(watched) >= 1
     assert {name.split("_")[0] for name in names} == {"MainThread", "turn"}
     assert not any(each.name.startswith("turn") for each in threading.enumerate())
