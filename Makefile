@@ -4,8 +4,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.outgrow-installed
 
-# The tests in groups, each a process of its own, three at a time: of two cores, two groups leave half idle, as tests wait
-# for disks, for Ray and for each other. What starts Ray is in one group: never two clusters beside each other.
+# The tests in groups, each a process of its own, two at a time: most of them keep one core busy, and the others wait for
+# disks and for each other. What starts Ray is in one group: never two clusters beside each other.
 RAY := $(shell grep -rl --include='test_*.py' 'mark\.ray' tests)
 RANKS := $(filter-out $(RAY),$(wildcard tests/test_*_ranks.py))
 WHOLE := $(filter-out $(RAY) $(RANKS),$(wildcard tests/test_*.py))
@@ -31,7 +31,7 @@ lint: setup
 	$(PY) -m basedpyright --level error
 
 test: setup
-	$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target lint $(PARTS)
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target lint $(PARTS)
 
 $(PARTS): setup
 	$(PY) -m pytest $($@) $(if $(filter-out RAY,$@),$(RAY:%=--ignore=%))
