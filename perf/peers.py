@@ -6,6 +6,7 @@ AdamW, learning rate 3e-4 and weight decay 0.01, and the loss averaged over rank
 prints it does. Nothing is tuned for a peer, nothing held back from one.
 """
 
+import os
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -87,6 +88,7 @@ def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3, nvm
     from importlib import import_module
 
     library: Any = import_module("deepspeed")
+    os.environ.setdefault("LOCAL_RANK", str(rank.index))  # it wants a launcher's
     model = build_gpt(CONFIGS[config])
     if rank.count > 1:
         library.init_distributed("gloo")
