@@ -83,15 +83,16 @@ class Overrun:
     """A tier that held more than it should.
 
     Attributes:
-        most_bytes: its prediction, or, where freed blocks stay, its budget.
-        measured_bytes: more than that.
+        predicted_bytes: the most that was foreseen.
+        measured_bytes: more than that, and than the budget.
+        budget_bytes: that it is held to, where freed blocks stay; None: it is held to the prediction.
     """
 
     step: int
     tier: str
-    most_bytes: int
+    predicted_bytes: int
     measured_bytes: int
-    is_budget: bool = False
+    budget_bytes: int | None = None
 
     @property
     def place(self) -> str:
@@ -101,10 +102,12 @@ class Overrun:
     @property
     def words(self) -> str:
         """In one sentence."""
-        most = "are its budget" if self.is_budget else "were predicted to be the most"
+        most = f"{format_bytes(self.predicted_bytes)} were predicted to be the most"
+        if self.budget_bytes is not None:
+            most = f"{format_bytes(self.budget_bytes)} are its budget"
         return (
-            f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and "
-            f"{format_bytes(self.most_bytes)} {most}: what this project counts is not all that the process holds"
+            f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and {most}: what this "
+            "project counts is not all that the process holds"
         )
 
 
@@ -127,10 +130,9 @@ class DriftWatch:
         for tier in self._prediction.tiers:
             held = peak_bytes.get(tier.tier, 0)
             budget = None if tier.is_bound else tier.budget_bytes
-            most = tier.peak_bytes if budget is None else budget
-            if held > most and tier.tier not in self._said:
+            if held > max(tier.peak_bytes, budget or 0) and tier.tier not in self._said:
                 self._said.add(tier.tier)
-                found.append(Overrun(step, tier.tier, most, held, budget is not None))
+                found.append(Overrun(step, tier.tier, tier.peak_bytes, held, budget))
         if self._is_first:  # it warms things up
             self._is_first = False
             return found

@@ -126,7 +126,7 @@ def test_where_freed_blocks_stay_a_tier_is_held_to_its_budget() -> None:
     watch = DriftWatch(Prediction(timeline(), {}, (tier,), ("u0",)))
     assert watch.note(1, timeline(), {"host": 2 * GIB}) == []
     (overrun,) = watch.note(2, timeline(), {"host": 3 * GIB})
-    assert overrun == Overrun(2, "host", 2 * GIB, 3 * GIB, is_budget=True)
+    assert overrun == Overrun(2, "host", GIB, 3 * GIB, 2 * GIB)
     assert "held 3.00 GiB, and 2.00 GiB are its budget" in overrun.words
 
 
