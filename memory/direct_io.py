@@ -53,14 +53,17 @@ class AlignedBuffer:
 
     Pages cost memory from their first use on. Never rounded up to a power of two. From 2 MiB on they are huge where the
     kernel has such: whole ones within the buffer only, so that it never takes more than `num_bytes`.
+
+    Args:
+        asks_for_huge: False: pages are as small as those of anything else.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, asks_for_huge: bool = True) -> None:
         if num_bytes <= 0:
             raise ValueError(f"an aligned buffer needs at least 1 byte, not {num_bytes}")
         self.num_bytes = num_bytes
         self._map: mmap.mmap | None = mmap.mmap(-1, round_up(num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if num_bytes >= _HUGE_PAGE_BYTES:
+        if asks_for_huge and num_bytes >= _HUGE_PAGE_BYTES:
             with suppress(OSError):  # a kernel without huge pages
                 self._map.madvise(mmap.MADV_HUGEPAGE)
 

@@ -7,14 +7,13 @@ so it has to be there before the process is. It does not own the buffers of tran
 """
 
 import os
-from collections.abc import Mapping
 
 __all__ = ["asks_for_huge_pages", "huge_page_environment"]
 
 _NAME = "THP_MEM_ALLOC_ENABLE"
 
 
-def huge_page_environment() -> Mapping[str, str]:
+def huge_page_environment() -> dict[str, str]:
     """Variables for a process that trains; what the user has set stays."""
     return {_NAME: os.environ.get(_NAME, "1")}
 

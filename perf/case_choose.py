@@ -44,7 +44,7 @@ def _measure(
 ) -> Findings:
     def contestant(name: str, builder: str, **arguments: object) -> Contestant:
         given = {"model": model, "folder": folder, **arguments}
-        environment = dict(huge_page_environment())  # as workers of a run have them
+        environment = huge_page_environment()  # as workers of a run have them
         return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
     with Group([contestant("space", "space")], say=say) as group:

@@ -80,7 +80,7 @@ def _pair(config: str, batch_size: int, length: int, folder: str) -> tuple[Conte
 
 def _engine(name: str, **arguments: object) -> Contestant:
     """The engine as workers of a run have it."""
-    environment = dict(huge_page_environment())
+    environment = huge_page_environment()
     return Contestant(name, ".member_offload:engine", num_threads=2, arguments=arguments, environment=environment)
 
 

@@ -74,7 +74,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
 
 def _contestant(name: str, model: str, num_ranks: int, folder: str, builder: str, **arguments: object) -> Contestant:
     given = {"model": model, "folder": folder, **arguments}
-    environment = dict(huge_page_environment())  # as workers of a run have them
+    environment = huge_page_environment()  # as workers of a run have them
     return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
 

@@ -5,20 +5,19 @@ anew. Does not own the record (`scheduler/hardware.py`).
 """
 
 import hashlib
-import mmap
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..memory.direct_io import AlignedBuffer
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
 from ..memory.huge_pages import asks_for_huge_pages
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
@@ -155,17 +154,15 @@ def _fault_seconds() -> float:
     size = 8 << 20
     differences: list[float] = []
     for _ in range(_FAULT_ROUNDS):
-        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as fresh:
-            if asks_for_huge_pages():
-                with suppress(OSError):  # a kernel without huge pages
-                    fresh.madvise(mmap.MADV_HUGEPAGE)
-            values = torch.frombuffer(fresh, dtype=torch.float32)
-            times = [time.perf_counter()]
-            for _again in range(2):
-                values.fill_(1.0)
-                times.append(time.perf_counter())
-            differences.append((times[1] - times[0]) - (times[2] - times[1]))
-            del values
+        fresh = AlignedBuffer(size, asks_for_huge_pages())
+        values = fresh.tensor(torch.float32)
+        times = [time.perf_counter()]
+        for _again in range(2):
+            values.fill_(1.0)
+            times.append(time.perf_counter())
+        differences.append((times[1] - times[0]) - (times[2] - times[1]))
+        del values
+        fresh.close()
     return max(0.0, typical(differences)) / size
 
 

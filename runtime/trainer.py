@@ -105,7 +105,7 @@ def _trainer(
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.storage_path,
-            worker_runtime_env={"env_vars": dict(huge_page_environment())},
+            worker_runtime_env={"env_vars": huge_page_environment()},
         ),
         **dataset_arguments,
     )

@@ -80,11 +80,9 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Overrun:
-    """A tier that held more than it should.
+    """A tier that held more than its prediction.
 
     Attributes:
-        predicted_bytes: the most that was foreseen.
-        measured_bytes: more than that, and than the budget.
         budget_bytes: that it is held to, where freed blocks stay; None: it is held to the prediction.
     """
 
@@ -102,13 +100,14 @@ class Overrun:
     @property
     def words(self) -> str:
         """In one sentence."""
-        most = f"{format_bytes(self.predicted_bytes)} were predicted to be the most"
-        if self.budget_bytes is not None:
-            most = f"{format_bytes(self.budget_bytes)} are its budget"
-        return (
-            f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and {most}: what this "
-            "project counts is not all that the process holds"
+        words = (
+            f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and "
+            f"{format_bytes(self.predicted_bytes)} were predicted to be the most: "
         )
+        if self.budget_bytes is not None and self.measured_bytes <= self.budget_bytes:
+            budget = format_bytes(self.budget_bytes)
+            return f"{words}freed blocks that stay come on top, within the budget of {budget}"
+        return f"{words}what this project counts is not all that the process holds"
 
 
 class DriftWatch:
@@ -129,9 +128,9 @@ class DriftWatch:
         found: list[Drift | Overrun] = []
         for tier in self._prediction.tiers:
             held = peak_bytes.get(tier.tier, 0)
-            budget = None if tier.is_bound else tier.budget_bytes
-            if held > max(tier.peak_bytes, budget or 0) and tier.tier not in self._said:
+            if held > tier.peak_bytes and tier.tier not in self._said:
                 self._said.add(tier.tier)
+                budget = None if tier.is_bound else tier.budget_bytes
                 found.append(Overrun(step, tier.tier, tier.peak_bytes, held, budget))
         if self._is_first:  # it warms things up
             self._is_first = False

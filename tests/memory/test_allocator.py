@@ -36,14 +36,17 @@ def phase(number):
     for _ in range(3):
         live = torch.ones(live.numel(), dtype=torch.uint8)
 
+def phases(heap):
+    for number in range(12):
+        heap.make_room(4 * (20 + number) * MIB)
+        phase(number)
+
 begin = read_process_memory().resident_bytes
 for spare_mib in (200, 1 << 20):
     heap = StepHeap(begin + spare_mib * MIB, 4 * MIB)
     reset_peak()
     with heap.step():
-        for number in range(12):
-            heap.make_room(4 * (20 + number) * MIB)
-            phase(number)
+        phases(heap)
         faults()
         again = faults()
     print(peak_host_bytes(0) - begin, heap.num_returns, again, read_process_memory().resident_bytes - begin)
@@ -52,9 +55,7 @@ spare = read_process_memory().resident_bytes + 200 * MIB
 staying = StepHeap(spare, 4 * MIB, stays_open=True)
 reset_peak()
 with staying.step():
-    for number in range(12):
-        staying.make_room(4 * (20 + number) * MIB)
-        phase(number)
+    phases(staying)
 faults()
 kept = faults()
 print(peak_host_bytes(0) - spare, staying.num_returns, kept)

@@ -35,7 +35,7 @@ def huge_bytes(environment: dict[str, str]) -> int:
 )
 def test_tensors_of_a_process_with_the_variable_lie_in_huge_pages() -> None:
     assert huge_bytes({_NAME: "0"}) < 8 << 20
-    assert huge_bytes(dict(huge_page_environment())) > 32 << 20
+    assert huge_bytes(huge_page_environment()) > 32 << 20
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
