@@ -1,5 +1,7 @@
 """Measuring the machine: plausible figures, kept once, measured anew when asked."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -70,3 +72,28 @@ def test_latency_and_bandwidth_are_fitted() -> None:
     assert latency == pytest.approx(0.5)
     assert speed == pytest.approx(100)
     assert probing._fit([(10, 1.0), (20, 0.5)]) == (0.0, 40.0)
+
+
+_PEAK = """
+import sys, torch
+from pathlib import Path
+from outgrow.memory.allocator import return_blocks_at_once
+from outgrow.memory.process import peak_host_bytes, read_process_memory, reset_peak
+from outgrow.runtime import probing
+return_blocks_at_once()
+parameter = torch.nn.Parameter(torch.ones(8))
+parameter.grad = torch.ones(8)
+torch.optim.AdamW([parameter], fused=True).step()  # loads what any training loads
+begin = read_process_memory().resident_bytes
+reset_peak()
+probing.probe(sys.argv[1], folder=Path(sys.argv[1]))
+print(peak_host_bytes(0) - begin, probing.PROBE_BYTES)
+"""
+
+
+def test_measuring_takes_no_more_than_is_asked_for(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    taken, asked = map(int, answer.stdout.split())
+    assert asked // 2 < taken <= asked
