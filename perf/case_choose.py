@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 
-from ..memory.huge_pages import huge_page_environment
+from ..memory.worker_environment import worker_environment
 from .case_disk import disk_folder
 from .contestants import Contestant, Group
 from .figures import Figure, Target
@@ -44,7 +44,7 @@ def _measure(
 ) -> Findings:
     def contestant(name: str, builder: str, **arguments: object) -> Contestant:
         given = {"model": model, "folder": folder, **arguments}
-        environment = huge_page_environment()  # as workers of a run have them
+        environment = worker_environment()  # as workers of a run have them
         return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
     with Group([contestant("space", "space")], say=say) as group:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..memory.huge_pages import huge_page_environment
+from ..memory.worker_environment import worker_environment
 from .bound import Bandwidth, least_seconds, least_seconds_shared
 from .case_disk import disk_folder
 from .cgroup import CgroupUnavailable
@@ -80,7 +80,7 @@ def _pair(config: str, batch_size: int, length: int, folder: str) -> tuple[Conte
 
 def _engine(name: str, **arguments: object) -> Contestant:
     """The engine as workers of a run have it."""
-    environment = huge_page_environment()
+    environment = worker_environment()
     return Contestant(name, ".member_offload:engine", num_threads=2, arguments=arguments, environment=environment)
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..memory.huge_pages import huge_page_environment
+from ..memory.worker_environment import worker_environment
 from .case_disk import disk_folder
 from .contestants import Contestant, Group
 from .figures import Figure, Target
@@ -74,7 +74,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
 
 def _contestant(name: str, model: str, num_ranks: int, folder: str, builder: str, **arguments: object) -> Contestant:
     given = {"model": model, "folder": folder, **arguments}
-    environment = huge_page_environment()  # as workers of a run have them
+    environment = worker_environment()  # as workers of a run have them
     return Contestant(name, f".member_plans:{builder}", num_ranks, 2 // num_ranks, given, environment=environment)
 
 

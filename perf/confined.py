@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..memory.huge_pages import huge_page_environment
+from ..memory.worker_environment import worker_environment
 from .cgroup import MemoryCgroup
 
 __all__ = ["Job", "Outcome", "last_outcome", "run_confined"]
@@ -157,7 +157,7 @@ def _run(job: Job) -> tuple[Outcome, int]:
                 **os.environ,
                 "OMP_NUM_THREADS": str(max(2 // job.num_ranks, 1)),
                 "GLOO_SOCKET_IFNAME": "lo",
-                **(huge_page_environment() if job.who == "engine" else {}),  # as workers of a run have them
+                **(worker_environment() if job.who == "engine" else {}),  # as workers of a run have them
             },
         )
         errors.seek(0)

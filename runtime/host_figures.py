@@ -6,6 +6,7 @@ Owns these sums, from layouts and plan alone, before anything is made. Does not 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -69,13 +70,19 @@ def host_figures(rank: RankState, plan: Plan) -> HostFigures:
         sharded = plan.world_size if decision.gradients_sharded else 1
         gradients[layout.index] = layout.num_elems // sharded * 4 if is_summed else layout.num_bytes
         updates[layout.index] = update_bytes(layout, decision, optimizer, owned, slots)
-    trainable = [layout.num_bytes for layout in rank.layouts if layout.trainable]
-    exchange = 0
-    if plan.world_size > 1:
-        exchange += 2 * max(trainable, default=0) * (plan.world_size if transport == "shared-memory" else 1)
+    exchange = max(map(partial(_exchange_bytes, plan, transport), rank.layouts, plan.chunks), default=0)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
     reserve = RESERVE_BYTES + TURN_BYTES * threads
     return HostFigures(rank.process_bytes, state, gradients, exchange, updates, is_summed, reserve, copies)
+
+
+def _exchange_bytes(plan: Plan, transport: str, layout: ChunkLayout, decision: ChunkPlan) -> int:
+    """Of two buffers in turn, and of the gradients that wait for one of them while the next backward action runs."""
+    if plan.world_size == 1 or not layout.trainable:
+        return 0
+    others = plan.world_size - 1 if transport == "shared-memory" else 0  # whose buffers it reads: whole, or its shard
+    read_bytes = others * layout.num_bytes // (plan.world_size if decision.gradients_sharded else 1)
+    return 2 * (layout.num_bytes + read_bytes) + layout.num_bytes
 
 
 def _is_shared(decision: ChunkPlan, transport: str) -> bool:

@@ -202,13 +202,20 @@ class _Planning:
     def _modes(self, plan: Plan, open_: Open) -> list[tuple[Plan, Open]]:
         """With freed blocks kept, where that can be proved to fit, and given back at once.
 
-        It can be on one rank whose updates make no temporaries, in the first heap; micro-batches that take turns have
-        threads of their own, which must not have heaps of their own.
+        It can be where updates make no temporaries and no messages are exchanged (nobody knows what libraries make for
+        those), in the first heap; micro-batches that take turns, and exchanges, have threads of their own, which must
+        not have heaps of their own.
         """
         one_heap, by_unit = num_heaps() == 1, plan.order is MicroBatchOrder.BY_UNIT
         is_given = not open_.is_any and not open_.may_adapt
-        is_provable = self.transport is None and plan.unified and self.planner.optimizer.is_fused
-        if is_given or not is_provable or not (one_heap or (uses_first_heap() and not by_unit)):
+        transport = self.transport
+        is_provable = plan.unified and self.planner.optimizer.is_fused
+        if transport is None:
+            has_heap = one_heap or (uses_first_heap() and not by_unit)
+        else:  # all ranks go the same way
+            one_heap = has_heap = bool(transport.gather_rows([float(one_heap)]).min())
+            is_provable = is_provable and transport.name == "shared-memory"
+        if is_given or not is_provable or not has_heap:
             return [(plan, open_)]
         kept = replace(plan, keeps_freed=True), replace(open_, order=open_.order and one_heap)
         return [kept, (plan, open_)]

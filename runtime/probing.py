@@ -19,7 +19,7 @@ import torch
 
 from ..memory.direct_io import AlignedBuffer
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
-from ..memory.huge_pages import asks_for_huge_pages
+from ..memory.worker_environment import asks_for_huge_pages
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
 from ..scheduler.stopwatch import typical
 from .machine import num_cores

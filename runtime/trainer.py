@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ..memory.huge_pages import huge_page_environment
+from ..memory.worker_environment import worker_environment
 from .capacity import Resources
 from .config import Job, RuntimeConfig
 from .failures import raise_failure
@@ -105,7 +105,7 @@ def _trainer(
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.storage_path,
-            worker_runtime_env={"env_vars": huge_page_environment()},
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
         **dataset_arguments,
     )

@@ -5,6 +5,7 @@ Owns adding up what lives when: state, buffers, gradients, activations. Does not
 done where they do not fit (`fit.py`).
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -118,17 +119,46 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             held_bytes -= gradients.get(action.index, 0)
     if not plan.keeps_freed:
         return replace(best, levels=tuple(sizes))
-    growth = _growth(levels, profile, plan)
+    growth = _growth(levels, fixed["gathered"] + _library_again(profile, plan), _sums(program, shape, gradients, plan))
     held_back = [(phase, size - figures.reserve_bytes) for phase, size in begun]
     fresh = _fresh_shares(held_back, levels, growth, best.peak_bytes - figures.reserve_bytes // 2)
     return replace(best, levels=tuple(sizes), growth_bytes=growth, fresh_shares=fresh)
 
 
-def _growth(levels: Levels, profile: MemoryProfile, plan: Plan) -> dict[Phase, int]:
-    """What each phase may add to a heap that gives nothing back. Where micro-batches take turns, libraries' buffers are
-    let go of at every turn, and taken again."""
-    again = profile.library_bytes if plan.order is MicroBatchOrder.BY_UNIT else 0
-    return {phase: growth + again for phase, growth in zip(levels.order, levels.growth_bytes, strict=True)}
+def _growth(levels: Levels, anywhere_bytes: int, sums: Mapping[Phase, int]) -> dict[Phase, int]:
+    """What each phase may add to a heap that gives nothing back: what it makes itself, and what other lanes make
+    meanwhile.
+
+    Args:
+        anywhere_bytes: that may come in any phase.
+        sums: phase of a unit -> what reductions may make in it; what comes between units is as the forward actions are.
+    """
+    between = max((size for (kind, _), size in sums.items() if kind == "F"), default=0)
+    made = zip(levels.order, levels.growth_bytes, strict=True)
+    return {phase: growth + anywhere_bytes + sums.get(phase, between) for phase, growth in made}
+
+
+def _library_again(profile: MemoryProfile, plan: Plan) -> int:
+    """Where micro-batches take turns, libraries' buffers are let go of at every turn, and taken again."""
+    return profile.library_bytes if plan.order is MicroBatchOrder.BY_UNIT else 0
+
+
+def _sums(program: Program, shape: StepShape, gradients: Mapping[int, int], plan: Plan) -> dict[Phase, int]:
+    """Sums of gradients that come and go are made when a chunk is reduced: behind its backward action or, on a lane of
+    its own, also behind the next one (`scheduler/link.py`: a backward action waits for those of the one before the
+    last)."""
+    if not plan.sums_gradients:
+        return {}
+    found: dict[Phase, int] = {}
+    latest: deque[int] = deque(maxlen=2 if plan.world_size > 1 else 1)
+    for action in program.actions():
+        if action.kind not in (Kind.F, Kind.B) or action.index is None:
+            continue
+        if action.kind is Kind.B:
+            latest.append(sum(gradients.get(chunk, 0) for chunk in _completed(action, shape)))
+        phase = (str(action.kind), action.index)
+        found[phase] = max(found.get(phase, 0), sum(latest))
+    return found
 
 
 def _fresh_shares(

@@ -29,9 +29,10 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
     at it; whoever changes it or lets it go waits for that. Its READ moves nothing and waits for nothing.
     """
     buffers = _buffers(moved, shape, plan)
+    takes_gradients = _takes_gradients(shape, plan)
     saves: list[int] = []
-    down: int | None = None  # the last DOWN since the last backward, and the last one before that
-    down_before: int | None = None
+    away: int | None = None  # what took the last backward's gradients away, and those of the one before that
+    away_before: int | None = None
     still_there = set(moved.kept)  # their READ is yet to come
     kept_writes: dict[str, int] = {}  # resource -> the carried WRITE that looks at it
     computed: int | None = None  # the last compute action
@@ -72,11 +73,11 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
             saves.append(position)
         elif action.kind is Kind.F and len(saves) > 1:
             after.add(saves[-2])  # originals of two units at most wait for the lane
-        elif action.kind is Kind.DOWN:
-            down = position
+        elif action.kind is takes_gradients:
+            away = position
         elif action.kind is Kind.B:  # likewise gradients
-            after.update(() if down_before is None else (down_before,))
-            down_before, down = down, None
+            after.update(() if away_before is None else (away_before,))
+            away_before, away = away, None
         if computed is not None and lane is not Lane.COMPUTE and _follows_compute(action, shape, plan):
             after.add(computed)
         if action.kind.is_compute:
@@ -95,6 +96,13 @@ def link(moved: MovedActions, shape: StepShape, plan: Plan, num_carried: int = 0
         num_bytes = 0 if moves_nothing else _num_bytes(action, shape)
         instructions.append(Instruction(action, lane, tuple(sorted(after)), num_bytes))
     return Program(tuple(instructions), tuple(buffers.values()), num_carried)
+
+
+def _takes_gradients(shape: StepShape, plan: Plan) -> Kind | None:
+    """What takes gradients out of the memory that units compute in, on a lane that computing could run ahead of."""
+    if not plan.unified:
+        return Kind.DOWN
+    return Kind.REDUCE if plan.world_size > 1 and not shape.starts else None
 
 
 def _pass_of(action: Action, shape: StepShape) -> tuple[Kind, int, int | None]:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from outgrow import Callback, Runtime
 from outgrow.memory.errors import WorkerError
-from outgrow.memory.huge_pages import asks_for_huge_pages
+from outgrow.memory.worker_environment import asks_for_huge_pages
 from outgrow.runtime.cluster import interpreter_options
 
 pytestmark = pytest.mark.ray

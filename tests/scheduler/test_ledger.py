@@ -40,7 +40,8 @@ def ledger(
 ) -> Ledger:
     chunk = plan.pop("chunk", ChunkPlan())
     micro_batches = plan.pop("micro_batches", 1)
-    whole = Plan(1, 0, micro_batches, "float32", False, 1, (chunk,) * DEPTH, **plan)  # pyright: ignore[reportArgumentType]
+    ranks = plan.pop("ranks", 1)
+    whole = Plan(ranks, 0, micro_batches, "float32", False, 1, (chunk,) * DEPTH, **plan)  # pyright: ignore[reportArgumentType]
     figures = HostFigures(
         1000, state or {}, dict.fromkeys(range(DEPTH), WEIGHT_BYTES), 20, dict.fromkeys(range(DEPTH), 7), summed, 5
     )
@@ -105,6 +106,19 @@ def test_where_freed_blocks_are_kept_all_that_a_phase_makes_counts(profile: Memo
     by_unit = ledger(profile, keeps_freed=True, micro_batches=2, order=MicroBatchOrder.BY_UNIT)
     assert profile.library_bytes > 0
     assert {phase: size + profile.library_bytes for phase, size in kept.growth_bytes.items()} == by_unit.growth_bytes
+
+
+def test_what_other_lanes_make_meanwhile_is_announced_with_a_phase(profile: MemoryProfile) -> None:
+    alone = ledger(profile, keeps_freed=True, update=UpdateTime.BACKWARD).growth_bytes
+    two = ledger(profile, keeps_freed=True, update=UpdateTime.BACKWARD, ranks=2).growth_bytes
+    sums = {phase: size - alone[phase] for phase, size in two.items()}
+    assert sums["B", DEPTH - 1] == WEIGHT_BYTES, "its own"
+    assert all(sums["B", run] == 2 * WEIGHT_BYTES for run in range(DEPTH - 1)), "and that of the action before it"
+    assert sums["F", 0] == 0, "there is no micro-batch before this one"
+    again = ledger(profile, keeps_freed=True, update=UpdateTime.BACKWARD, ranks=2, micro_batches=2).growth_bytes
+    assert again["F", 0] - alone["F", 0] == again["before", 0] - alone["before", 0] == 2 * WEIGHT_BYTES
+    after = ledger(profile, keeps_freed=True, ranks=2, micro_batches=2, summed=True).growth_bytes
+    assert after == alone, "sums that stay are there"
 
 
 def test_a_heap_that_has_room_makes_fresh_pages_once_and_one_that_has_none_every_time() -> None:

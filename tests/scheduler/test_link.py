@@ -56,6 +56,20 @@ def test_two_ranks_gather_from_the_shard_and_drop_it_on_the_lane_of_the_gather()
     assert "READ c0:param" not in by_action["F0.0"][1], "what is gathered is all that computing waits for"
 
 
+def test_a_backward_action_waits_until_the_gradients_of_the_one_before_the_last_are_away():
+    """Else a rank that is ahead of its peers would pile them up."""
+    shape = chain((0,), (1,), (2,))
+    program = compile_program(shape, plan_of(shape, "optimizer", ranks=2))
+    after = {action: before for action, _, before in waits(program)}
+    assert "REDUCE c2.0" in after["B0.0"]
+    assert "REDUCE c1.0" not in after["B0.0"], "the exchange goes on meanwhile"
+    assert "REDUCE c2.0" not in after["B1.0"]
+    alone = compile_program(shape, replace(plan_of(shape, "optimizer"), precision="bf16"))
+    assert not any(
+        before.startswith("REDUCE") for action, _, found in waits(alone) for before in found if "B" in action
+    )
+
+
 def test_a_read_waits_for_all_that_used_its_bytes_before():
     shape = chain((0,), (1,), (2,))
     program = compile_program(shape, plan_of(shape, "parameters", update="backward"))
