@@ -14,7 +14,7 @@ from ..memory.chunk import ChunkLayout
 from ..memory.direct_io import round_up
 from ..parallel.placement import ParameterStore
 
-__all__ = ["ChunkState", "OptimLayout", "OwnedPiece"]
+__all__ = ["ChunkState", "OptimLayout", "OwnedPiece", "Places"]
 
 MASTER = "master"
 
@@ -86,6 +86,25 @@ class ChunkState:
         """A piece's part of the slots that are in memory, the master left out."""
         stop = piece.start + piece.num_elems
         return {name: slot[piece.start : stop] for name, slot in self.slots.items() if name != MASTER}
+
+
+class Places:
+    """Where chunks lie that units compute with now: to tell a view of one from any other tensor, at once."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, ChunkState] = {}  # by the address of the storage
+
+    def put(self, chunk: ChunkState) -> None:
+        """It has come, gone, or moved. Lanes may say so of several chunks at the same time."""
+        for address in [address for address, other in self._chunks.copy().items() if other is chunk]:
+            del self._chunks[address]
+        full = chunk.store.full
+        if full is not None and full.numel() > 0:
+            self._chunks[full.untyped_storage().data_ptr()] = chunk
+
+    def chunk_at(self, address: int) -> ChunkState | None:
+        """The chunk whose storage begins there."""
+        return self._chunks.get(address)
 
 
 @dataclass(frozen=True)

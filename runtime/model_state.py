@@ -23,7 +23,7 @@ from ..parallel.placement import (
 from ..scheduler.moves import DEVICE_COPY
 from ..scheduler.plan import Plan, UpdateTime
 from .adopting import Adoption, Fill
-from .chunk_state import ChunkState, OptimLayout, OwnedPiece
+from .chunk_state import ChunkState, OptimLayout, OwnedPiece, Places
 from .device_state import DeviceState
 from .gradients import Stash, add_gradients, norm_of, pack_gradients, refuse_sparse, take_gradients
 from .offload import OffloadedState
@@ -74,6 +74,7 @@ class ModelState:
         device = None if self._device is None else self._device.device
         self._placeholders = {layout.dtype: torch.empty(0, dtype=layout.dtype, device=device) for layout in layouts}
         self._nothing = torch.empty(0)
+        self.places = Places()
         self._gathered_all = ExitStack()
         self._reduces = plan.sums_gradients
         self.grad_norm: float | None = None
@@ -382,6 +383,7 @@ class ModelState:
 
     def _point_at_full(self, chunk: ChunkState) -> None:
         full = chunk.store.full
+        self.places.put(chunk)
         for item, parameter in zip(chunk.layout.fields, chunk.parameters, strict=True):
             data = self._placeholders[chunk.layout.dtype] if full is None else chunk.layout.view(full, item)
             if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:

@@ -78,12 +78,12 @@ def places(state: ModelState) -> Callable[[torch.Tensor], Callable[[], torch.Ten
 
     def place_of(tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
         address = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-        for chunk in state.chunks:
-            full = chunk.store.full
-            if full is not None and tensor.dtype is full.dtype and address == full.untyped_storage().data_ptr() != 0:
-                offset = int(tensor.storage_offset()) - int(full.storage_offset())
-                return partial(find, _Place(chunk.layout.index, offset, tensor.shape, tensor.stride()))
-        return None
+        chunk = state.places.chunk_at(address)
+        full = None if chunk is None else chunk.store.full
+        if chunk is None or full is None or tensor.dtype is not full.dtype:
+            return None
+        offset = int(tensor.storage_offset()) - int(full.storage_offset())
+        return partial(find, _Place(chunk.layout.index, offset, tensor.shape, tensor.stride()))
 
     def find(place: _Place) -> torch.Tensor:
         full = state.chunks[place.chunk].store.full
