@@ -94,11 +94,12 @@ class Transport(ABC):
             uploads: whether it is gathered from copies of the shards on a device.
         """
 
-        def all_gather(full: torch.Tensor, shard: torch.Tensor) -> None:
-            dist.all_gather_single(full, shard, group=self.group)
-
         kind = UploadedParameters if uploads else OffloadedParameters
-        return kind(num_elems, dtype, self.size, self.rank, all_gather)
+        return kind(num_elems, dtype, self.size, self.rank, self.gather_into)
+
+    def gather_into(self, full: torch.Tensor, shard: torch.Tensor) -> None:
+        """Every rank's shard, one after the other, into `full`."""
+        dist.all_gather_single(full, shard, group=self.group)
 
     @abstractmethod
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:
@@ -134,8 +135,8 @@ class Transport(ABC):
 class SharedMemoryTransport(Transport):
     """Ranks of one host.
 
-    Reductions use two buffers in turn: a rank that has passed the barrier of reduction k knows that every peer has
-    finished reading reduction k-1, whose buffer reduction k+1 may then overwrite. One barrier a reduction is enough.
+    Exchanges use two buffers in turn: a rank that has passed the barrier of exchange k knows that every peer has
+    finished reading exchange k-1, whose buffer exchange k+1 may then overwrite. One barrier an exchange is enough.
     """
 
     name = "shared-memory"
@@ -159,6 +160,19 @@ class SharedMemoryTransport(Transport):
         segment = open_segment(self.group, self.size * num_elems * dtype.itemsize)
         copies = segment.view(dtype, 0, self.size * num_elems).view(self.size, num_elems)
         return WindowParameters(copies, self.rank)
+
+    def gather_into(self, full: torch.Tensor, shard: torch.Tensor) -> None:
+        """Through the buffers of reductions, where there are any that are large enough."""
+        if not self._buffers or full.is_cuda or full.nbytes > self._buffers[0][0].nbytes:
+            super().gather_into(full, shard)
+            return
+        rows = self._buffers[self._count % 2].view(torch.uint8)[:, : full.nbytes].view(self.size, self.size, -1)
+        self._count += 1
+        # Where the next rank looks for what it reduces: of two ranks, neither touches more pages than reductions do.
+        rows[self.rank, (self.rank + 1) % self.size].copy_(shard.view(torch.uint8))
+        dist.barrier(self.group)
+        for owner, part in enumerate(full.view(torch.uint8).view(self.size, -1)):
+            part.copy_(rows[owner, (owner + 1) % self.size])
 
     def prepare_reduce(self, max_elems: int, dtype: torch.dtype, max_fields: int) -> None:
         row_bytes = max_elems * dtype.itemsize

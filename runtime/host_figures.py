@@ -77,12 +77,14 @@ def host_figures(rank: RankState, plan: Plan) -> HostFigures:
 
 
 def _exchange_bytes(plan: Plan, transport: str, layout: ChunkLayout, decision: ChunkPlan) -> int:
-    """Of two buffers in turn, and of the gradients that wait for one of them while the next backward action runs."""
+    """Of two buffers in turn."""
     if plan.world_size == 1 or not layout.trainable:
         return 0
     others = plan.world_size - 1 if transport == "shared-memory" else 0  # whose buffers it reads: whole, or its shard
-    read_bytes = others * layout.num_bytes // (plan.world_size if decision.gradients_sharded else 1)
-    return 2 * (layout.num_bytes + read_bytes) + layout.num_bytes
+    is_gathered = decision.parameter_home is Home.DISK and plan.world_size > 2  # from the same part of every buffer
+    reads_shard = decision.gradients_sharded and not is_gathered
+    read_bytes = others * layout.num_bytes // (plan.world_size if reads_shard else 1)
+    return 2 * (layout.num_bytes + read_bytes)
 
 
 def _is_shared(decision: ChunkPlan, transport: str) -> bool:

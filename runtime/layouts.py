@@ -249,7 +249,7 @@ class _Looking:
             search.optimizer, None, search.transport,
         )  # fmt: skip
         try:
-            profiled = profiler.measure(trace, part, memory, self._left_bytes(), keeps_freed=True)
+            profiled = profiler.measure(trace, part, memory, self._left_bytes())
         finally:
             release_kernel_buffers()  # of threads that are over, too
             return_freed_blocks()

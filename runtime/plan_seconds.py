@@ -12,7 +12,7 @@ from ..memory.chunk import ChunkLayout
 from ..scheduler.assessment import Assessment
 from ..scheduler.cost import Costs, TimeProfile
 from ..scheduler.memory_profile import MemoryProfile
-from ..scheduler.pieces import without_faults
+from ..scheduler.pieces import with_faults
 from ..scheduler.program import Instruction, StepShape
 from ..scheduler.simulate import Simulated, Work, simulate, simulated_seconds
 from .profiling import Profiled
@@ -28,14 +28,16 @@ class StepSeconds:
     """Plays steps of one model's plans.
 
     Attributes:
-        memory: what units take; needed for a plan that keeps freed blocks.
+        memory: what units take.
         transport: None on one rank.
+        freed_stay: whether freed blocks stay the process's from step to step: no block is a fresh one then.
     """
 
     layouts: Sequence[ChunkLayout]
     profiled: Profiled
     memory: MemoryProfile | None
     transport: "Transport | None"
+    freed_stay: bool = False
 
     def simulated(self, found: Assessment, shape: StepShape) -> Simulated:
         """A step of an assessed plan, whose shape is given."""
@@ -57,12 +59,21 @@ class StepSeconds:
         return Costs(
             shape,
             plan,
-            _times(found, self.profiled, self.memory),
+            self._times(found),
             self.profiled.hardware,
             num_elems,
             shares_parameters=is_here,
             ranks_here=self.transport.size if self.transport is not None and is_here else 1,
         )
+
+    def _times(self, found: Assessment) -> TimeProfile:
+        """Of units, with the page faults of the plan."""
+        profiled = self.profiled
+        if self.freed_stay and not profiled.has_faults:
+            return profiled.times
+        assert self.memory is not None
+        shares = {} if self.freed_stay else found.ledger.fresh_shares if found.plan.keeps_freed else None
+        return with_faults(profiled.times, self.memory, profiled.hardware.fault_seconds, shares, profiled.has_faults)
 
 
 def remembered(costs: Costs) -> Callable[[Instruction], Work]:
@@ -78,12 +89,3 @@ def remembered(costs: Costs) -> Callable[[Instruction], Work]:
         return known[key]
 
     return cost
-
-
-def _times(found: Assessment, profiled: Profiled, memory: MemoryProfile | None) -> TimeProfile:
-    """Of units, measured where freed blocks were given back, for a plan that keeps them: without page faults, but for
-    what lies in fresh pages all the same."""
-    if not found.plan.keeps_freed or profiled.kept_freed:
-        return profiled.times
-    assert memory is not None
-    return without_faults(profiled.times, memory, profiled.hardware.fault_s_per_byte, found.ledger.fresh_shares)

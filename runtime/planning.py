@@ -127,6 +127,7 @@ class _Planning:
         self.budgets = Budgets(0)
         self.profiled: Profiled | None = None
         self._took_s: dict[str, float] = {}
+        self._freed_stay = False
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
         several, clips, is_ample = plan.micro_batches > 1, plan.clips_gradients, self.planner.is_ample
@@ -144,7 +145,8 @@ class _Planning:
         if is_ample:
             found = self.assess(replace(plan, keeps_freed=plan.unified))
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
-                note = self._measure_seconds(plan, open_, keeps_freed=True) if predicts else ""
+                self._freed_stay = True
+                note = self._measure_seconds(plan, open_, gives_back=False) if predicts else ""
                 with self._clock("searching"):
                     found, fates = self._among_ample(found, open_)
                 return self._planned(_Decided(plan, open_, found, fates, note), explores, is_ample)
@@ -182,7 +184,7 @@ class _Planning:
         """The best plan that keeps freed blocks, which saves page faults and takes memory; or that does not, where that
         is faster or the other does not fit."""
         modes = self._modes(plan, open_)
-        note = self._measure_seconds(plan, open_, keeps_freed=False) if predicts or open_.is_any else ""
+        note = self._measure_seconds(plan, open_, gives_back=True) if predicts or open_.is_any else ""
         best: _Decided | None = None
         for number, (plan_, open__) in enumerate(modes):
             try:
@@ -272,9 +274,9 @@ class _Planning:
             device = None if device is None else int(rows[:, 2].min())
         self.budgets = Budgets(budget, device)
 
-    def _measure_seconds(self, plan: Plan, open_: Open, keeps_freed: bool) -> str:
-        """Within what is left of the budget, in a process that keeps freed blocks or gives them back. Returns why it
-        could not be done, or nothing."""
+    def _measure_seconds(self, plan: Plan, open_: Open, gives_back: bool) -> str:
+        """Within what is left of the budget, in a process that keeps freed blocks from step to step or gives them back.
+        Returns why it could not be done, or nothing."""
         if self.planner.memory.is_separate and torch.cuda.is_available():
             return "seconds are measured on the host only, and units compute on a CUDA device"
         left_bytes = self.budgets.host - read_process_memory().resident_bytes
@@ -282,7 +284,7 @@ class _Planning:
             with self._clock("measuring seconds"):
                 takes_turns = plan.micro_batches > 1 and (open_.order or plan.order is MicroBatchOrder.BY_UNIT)
                 profiler = replace(self._profiler(), takes_turns=takes_turns)
-                self.profiled = profiler.measure(self.trace, self.part, self.memory, left_bytes, keeps_freed)
+                self.profiled = profiler.measure(self.trace, self.part, self.memory, left_bytes, gives_back)
         except NotProfiled as error:
             _LOG.info("plans are compared by the bytes that they move, since %s", error)
             return str(error)
@@ -334,7 +336,7 @@ class _Planning:
     @property
     def _seconds(self) -> StepSeconds:
         assert self.profiled is not None
-        return StepSeconds(self.planner.layouts, self.profiled, self.memory, self.transport)
+        return StepSeconds(self.planner.layouts, self.profiled, self.memory, self.transport, self._freed_stay)
 
     def _decide(self, plan: Plan, open_: Open) -> tuple[Assessment, Sequence[Fate]]:
         """One plan for all ranks: rank 0 looks, and says what it found."""

@@ -17,25 +17,36 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..memory.allocator import release_kernel_buffers
 from ..memory.direct_io import AlignedBuffer
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
 from ..memory.worker_environment import asks_for_huge_pages
 from ..scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
-from ..scheduler.stopwatch import typical
 from .machine import num_cores
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
     from .optimizer import PiecewiseOptimizer
 
-__all__ = ["PROBE_BYTES", "cache_folder", "kept_figures", "machine_key", "measure_net", "probe", "update_speed"]
+__all__ = [
+    "PROBE_BYTES",
+    "cache_folder",
+    "kept_figures",
+    "machine_key",
+    "measure_net",
+    "probe",
+    "update_speed",
+    "use_memory",
+]
 
 _ELEMS = 6 << 20  # of a tensor for memory figures: two of 24 MiB are more than caches hold
 _DISK_BYTES = 96 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS, _FAULT_ROUNDS = 5, 25
+_PAGED_BYTES, _HUGE_BYTES = 400 << 10, 6 << 20  # of blocks whose page faults are timed
+_USED_ROUNDS, _USED_BYTES = 4, 64 << 20  # of memory that was in use before them
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
-_METHOD = 3  # of measuring: figures that were taken by another one are not comparable
+_METHOD = 4  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
 PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
@@ -103,7 +114,8 @@ def _measure(name: str, disk_folder: str | None) -> Hardware:
         _ELEMS / update_s,
         _action_seconds(),
         _turn_seconds(),
-        _fault_seconds(),
+        _fault_seconds(_PAGED_BYTES, asks_for_huge=False),
+        _fault_seconds(_HUGE_BYTES, asks_for_huge_pages()),
         None if disk_folder is None else _measure_disk(disk_folder),
     )
 
@@ -149,21 +161,32 @@ def _transfers(times: TransferTimes) -> Transfers:
     return Transfers(bytes_per_s, latency_s, times.beside, times.slowdown - 1)
 
 
-def _fault_seconds() -> float:
-    """For each byte of a fresh tensor, what filling it takes more than filling it again."""
-    size = 8 << 20
+def use_memory(num_bytes: int) -> None:
+    """Take so much memory, fill it and give it back. The host of a virtual machine takes back what was free for
+    seconds, and the next touch of that takes ten times as long as those in the middle of a step do."""
+    used = AlignedBuffer(max(4096, num_bytes))
+    used.tensor(torch.float32).fill_(1.0)
+    used.close()
+
+
+def _fault_seconds(num_bytes: int, asks_for_huge: bool) -> float:
+    """For each byte of a fresh block, what it takes to get it, to fill it and to give it back more than to fill it
+    again: the median, of memory that was used just before."""
+    for _ in range(_USED_ROUNDS):
+        use_memory(_USED_BYTES)
     differences: list[float] = []
     for _ in range(_FAULT_ROUNDS):
-        fresh = AlignedBuffer(size, asks_for_huge_pages())
+        began_s = time.perf_counter()
+        fresh = AlignedBuffer(num_bytes, asks_for_huge)
         values = fresh.tensor(torch.float32)
-        times = [time.perf_counter()]
-        for _again in range(2):
-            values.fill_(1.0)
-            times.append(time.perf_counter())
-        differences.append((times[1] - times[0]) - (times[2] - times[1]))
+        values.fill_(1.0)
+        filled_s = time.perf_counter()
+        values.fill_(1.0)
+        again_s = time.perf_counter()
         del values
         fresh.close()
-    return max(0.0, typical(differences)) / size
+        differences.append(time.perf_counter() - again_s + (filled_s - began_s) - (again_s - filled_s))
+    return max(0.0, statistics.median(differences)) / num_bytes
 
 
 def _action_seconds() -> float:
@@ -186,7 +209,8 @@ def _action_seconds() -> float:
 
 
 def _turn_seconds() -> float:
-    """What it takes beside the work of a turn to end it and to begin that of another micro-batch."""
+    """What it takes beside the work of a turn to end it, which lets go of kernels' buffers, and to begin another
+    micro-batch's."""
     from ..parallel.actions import Action, Kind
     from ..scheduler.program import Instruction, Lane, Program
     from .executor import Executor
@@ -195,9 +219,9 @@ def _turn_seconds() -> float:
     turns_of_each, micro_batches = 20, 2
     order = [Action(Kind.F, unit, number) for unit in range(turns_of_each) for number in range(micro_batches)]
     program = Program(tuple(Instruction(a, Lane.COMPUTE, (n - 1,) * (n > 0)) for n, a in enumerate(order)))
-    left, right = torch.ones(256, 256), torch.ones(256, 256)  # kernels with helpers, as units have them
+    left, right = torch.ones(256, 1024), torch.ones(1024, 1024)  # kernels with helpers and buffers, as units have them
     with Executor({}) as executor:
-        turns = Turns(executor)
+        turns = Turns(executor, leave=lambda _number: release_kernel_buffers())
 
         def body(number: int) -> None:
             for unit in range(turns_of_each):
@@ -251,8 +275,8 @@ def measure_net(transport: "Transport") -> NetFigures:
         def reduce(other: "Transport" = other, elems: int = elems, out: torch.Tensor = out, pack=pack) -> None:
             other.reduce(pack, elems, 1, out, whole=False, accumulate=False)
 
-        def gather(full: torch.Tensor = full, shard: torch.Tensor = shard) -> None:
-            full.copy_(transport.all_gather(shard))
+        def gather(other: "Transport" = other, full: torch.Tensor = full, shard: torch.Tensor = shard) -> None:
+            other.gather_into(full, shard)
 
         transport.gather_rows([0.0])
         slowest = transport.gather_rows([_median_s(gather), _median_s(reduce)]).max(dim=0).values.tolist()

@@ -27,7 +27,7 @@ from ..scheduler.stopwatch import CACHE_BYTES, Stopwatch
 from ..scheduler.trace import InputDtype, Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.unit_times import measure_seconds
-from .probing import PROBE_BYTES, cache_folder, kept_figures, machine_key, measure_net, probe, update_speed
+from .probing import PROBE_BYTES, cache_folder, kept_figures, machine_key, measure_net, probe, update_speed, use_memory
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
@@ -48,12 +48,12 @@ class Profiled:
     """Measured figures, the same on all ranks.
 
     Attributes:
-        kept_freed: whether units were timed in a heap that keeps freed blocks: there are no page faults in their times.
+        has_faults: whether units were timed where freed blocks went back at once: what they make lay in fresh pages.
     """
 
     times: TimeProfile
     hardware: Hardware
-    kept_freed: bool = False
+    has_faults: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Profiler:
         part: Any,
         memory: MemoryProfile | None = None,
         left_bytes: int | None = None,
-        keeps_freed: bool = True,
+        gives_back: bool = False,
     ) -> Profiled:
         """Measure. Collective: all ranks measure at the same time, as they will compute, and the slowest counts.
 
@@ -94,7 +94,7 @@ class Profiler:
             part: a micro-batch.
             memory: what units take; None where memory is ample.
             left_bytes: that this process may still take; None: no matter.
-            keeps_freed: whether freed blocks are kept now, as they will be: the others cost page faults.
+            gives_back: whether this process gives freed blocks back at once: fresh ones cost page faults.
 
         Raises:
             NotProfiled: on every rank, where any of them could not.
@@ -103,14 +103,14 @@ class Profiler:
         found: tuple[TimeProfile, Hardware] | NotProfiled
         try:
             hardware = _in_turns(lambda: self._machine(room), self.transport)
-            found = self._unit_seconds(trace, part, memory, room, keeps_freed), hardware
+            found = self._unit_seconds(trace, part, memory, room, gives_back), hardware
         except NotProfiled as error:
             found = error
         if self.transport is not None:
-            return replace(_agreed(found, self.transport), kept_freed=keeps_freed)
+            return replace(_agreed(found, self.transport), has_faults=gives_back)
         if isinstance(found, NotProfiled):
             raise found
-        return Profiled(*found, keeps_freed)
+        return Profiled(*found, gives_back)
 
     def _machine(self, room: int | None) -> Hardware:
         folder = self.folder or cache_folder()
@@ -128,9 +128,9 @@ class Profiler:
         return replace(found, update_elems_per_s=update_speed(self.optimizer)) if fits else found
 
     def _unit_seconds(
-        self, trace: Trace, part: Any, memory: MemoryProfile | None, room: int | None, keeps_freed: bool
+        self, trace: Trace, part: Any, memory: MemoryProfile | None, room: int | None, gives_back: bool
     ) -> TimeProfile:
-        blocks = "kept" if keeps_freed else "returned"
+        blocks = "returned" if gives_back else "kept"
         path = (self.folder or cache_folder()) / f"units-{blocks}-{machine_key(None)}.json"
         kept = _read(path)
         before = dict(kept)
@@ -156,6 +156,8 @@ class Profiler:
         if room is not None and memory is not None:
             every = map(needed_bytes, range(len(memory.units) + 1))
             spare_bytes = max(0, room - max((size for size in every if size <= room), default=0))
+            if gives_back:
+                use_memory(room - spare_bytes)  # as the micro-batches and steps before one have done
         watch = Stopwatch(min(CACHE_BYTES, spare_bytes))
         takes_turns = self.takes_turns and spare_bytes >= CACHE_BYTES + _TEAMS_BYTES
         try:

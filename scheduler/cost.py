@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ..parallel.actions import Kind
 from .hardware import Hardware
 from .holdings import is_gathered
-from .plan import Activations, MicroBatchOrder, Plan, UpdateTime
+from .plan import Activations, Home, MicroBatchOrder, Plan, UpdateTime
 from .program import Instruction, Lane, StepShape
 from .simulate import Work
 
@@ -57,6 +57,7 @@ class TimeProfile:
         units: one for each unit run.
         loss_s, loss_backward_s: of what comes behind the last unit.
         in_turns: times as long that a pass takes where micro-batches take turns, each in a thread of its own.
+        turn_s: what each turn takes beside that, since libraries of kernels take fresh memory for their buffers.
 
     Raises:
         ValueError: turns that take less.
@@ -66,6 +67,7 @@ class TimeProfile:
     loss_s: float = 0.0
     loss_backward_s: float = 0.0
     in_turns: float = 1.0
+    turn_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.in_turns < 1:
@@ -78,7 +80,7 @@ class Costs:
 
     Attributes:
         num_elems: chunk -> elements that this rank updates.
-        shares_parameters: whether gathering is a look into shared memory.
+        shares_parameters: whether gathering parameters at home on the host is a look into shared memory.
         ranks_here: ranks of this machine, which all do the same at the same time.
     """
 
@@ -136,7 +138,9 @@ class Costs:
         assert run is not None
         takes_turns = self.plan.order is MicroBatchOrder.BY_UNIT and self.plan.micro_batches > 1
         alone_s = self._pass_s(instruction.action.kind, run)
-        return alone_s * self.profile.in_turns + self.hardware.turn_s if takes_turns else alone_s
+        if not takes_turns:
+            return alone_s
+        return alone_s * self.profile.in_turns + self.profile.turn_s + self.hardware.turn_s
 
     def _pass_s(self, kind: Kind, run: int) -> float:
         unit = self.profile.units[run]
@@ -180,7 +184,8 @@ class Costs:
         net = self.hardware.net
         if self.plan.world_size == 1:
             return num_bytes / self.hardware.sum_bytes_per_s, {"memory": 1.0}
-        if kind is Kind.GATHER and self.shares_parameters and is_gathered(chunk, self.plan):
+        home = self.plan.chunks[chunk].parameter_home
+        if kind is Kind.GATHER and self.shares_parameters and home is Home.HOST and is_gathered(chunk, self.plan):
             return 0.0, {}
         if net is None:
             raise ValueError(f"{kind} c{chunk}: no exchange between ranks was measured")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .storage_replay import Fresh
+
 __all__ = ["DiskFigures", "Hardware", "NetFigures", "Transfers"]
 
 
@@ -112,7 +114,8 @@ class Hardware:
         update_elems_per_s: parameters that a fused AdamW updates.
         action_s: what an action takes beside its work.
         turn_s: what it takes to hand over to another micro-batch's thread.
-        fault_s_per_byte: what the kernel takes to give memory that was not there.
+        fault_s_per_byte: what the kernel takes to give memory that was not there, and to take it back.
+        huge_fault_s_per_byte: likewise, of blocks with room for huge pages.
         disk: None where none was measured.
         net: None on one rank.
 
@@ -128,11 +131,16 @@ class Hardware:
     action_s: float
     turn_s: float
     fault_s_per_byte: float
+    huge_fault_s_per_byte: float
     disk: DiskFigures | None = None
     net: NetFigures | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, "action_s", "turn_s", "fault_s_per_byte")
+        _check_positive(self, "action_s", "turn_s", "fault_s_per_byte", "huge_fault_s_per_byte")
+
+    def fault_seconds(self, fresh: Fresh) -> float:
+        """What fresh pages take."""
+        return self.fault_s_per_byte * fresh.paged_bytes + self.huge_fault_s_per_byte * fresh.huge_bytes
 
     def to_json(self) -> str:
         """The figures as JSON text; `from_json` reads it back."""

@@ -72,7 +72,8 @@ class Ledger:
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
     """Walk the compute lane in its order: everything that host memory holds is bound to it. Activations count where
-    units compute in host memory."""
+    units compute in host memory. A backward action waits for the exchange of the one before the last
+    (`scheduler/link.py`), a forward action for none."""
     levels = levels_under(profile, keeping(program, shape, plan))
     fixed = {
         "process": figures.process_bytes + profile.library_bytes,
@@ -88,6 +89,9 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     else:
         gradients = dict(figures.gradient_bytes)
     walk = ActivationWalk(levels, plan.keeps_freed)
+    flying: deque[int] = deque(
+        maxlen=2
+    )  # gradients of the last backward actions, which an exchange may still be taking
     held: set[int] = set()
     fixed_bytes, held_bytes = sum(fixed.values()), 0
     best = Ledger(0, "", {})
@@ -95,9 +99,12 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     begun: list[tuple[Phase, int]] = []
     for position, instruction in enumerate(program.instructions):
         action = instruction.action
-        activations = update = 0
+        activations = update = in_flight = 0
         if action.kind in (Kind.F, Kind.B):
+            in_flight = flying[-1] if flying and action.kind is Kind.B else sum(flying)
             if action.kind is Kind.B:
+                if plan.world_size > 1:
+                    flying.append(sum(shape.chunks[chunk].num_bytes for chunk in _reduced(action, shape)))
                 held |= _completed(action, shape)
                 held_bytes = sum(gradients.get(chunk, 0) for chunk in held)
             assert action.index is not None
@@ -109,10 +116,10 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             update = figures.update_bytes.get(action.index, 0)
         else:
             continue
-        total = fixed_bytes + held_bytes + activations + update
+        total = fixed_bytes + held_bytes + in_flight + activations + update
         sizes.append((position, total))
         if total > best.peak_bytes:
-            sums = {"gradients": fixed.get("gradients", 0) + held_bytes}
+            sums = {"gradients": fixed.get("gradients", 0) + held_bytes + in_flight}
             best = Ledger(total, str(action), fixed | sums | {"activations": activations, "update": update})
         if action.kind is Kind.STEP and action.index is not None and action.index in held:
             held.discard(action.index)
@@ -191,6 +198,12 @@ def _completed(action: Action, shape: StepShape) -> set[int]:
     assert action.index is not None
     chunks = (*shape.held, *shape.uses(action.index))
     return {chunk for chunk in chunks if shape.chunks[chunk].trainable}
+
+
+def _reduced(action: Action, shape: StepShape) -> set[int]:
+    """Chunks that are exchanged behind a backward action."""
+    assert action.index is not None
+    return {chunk for chunk in _completed(action, shape) if shape.last_backward_of(chunk) in (action.index, None)}
 
 
 def keeping(program: Program, shape: StepShape, plan: Plan) -> list[Keeping]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..parallel.units import Unit
-from .storage_replay import PhaseMemory, Replay, round_up
+from .storage_replay import NOTHING_FRESH, Fresh, PhaseMemory, Replay, round_up
 from .storage_watch import StorageWatch
 from .trace import Forward, InputDtype, Loss, Phase, Trace, record, record_without_values
 from .twin import Shapes, shared_twin
@@ -63,7 +63,7 @@ class UnitMemory:
         forward: from its begin to the next run's, or to the loss.
         backward: from the begin of its backward to the next one's; all zero where it has none.
         recompute_peak_bytes: of running it once more with everything saved, above what was there.
-        recompute_churn_bytes: all that it makes then, added up.
+        recompute_churn_bytes, recompute_fresh: all that it makes then, added up.
         saved: indices into `MemoryProfile.storages` of what it was the first to save, its inputs among them.
         inputs: indices into `MemoryProfile.storages` of what it was given, the batch's tensors excluded.
         saved_bytes: the sum over `saved`: what offloading the unit moves.
@@ -88,6 +88,7 @@ class UnitMemory:
     output_bytes: int
     selective_again_bytes: int = 0
     kept_beside_bytes: int = 0
+    recompute_fresh: Fresh = NOTHING_FRESH
 
 
 @dataclass(frozen=True)
@@ -253,4 +254,5 @@ def _unit(
         output_bytes=output_bytes,
         selective_again_bytes=replay.selective_again_bytes.get(run, 0),
         kept_beside_bytes=kept_beside_bytes,
+        recompute_fresh=replay.recompute_fresh.get(run, NOTHING_FRESH),
     )

@@ -4,7 +4,7 @@ Owns the step from measured bytes and seconds to pieces, and from a choice for u
 the choice (`recompute.py`) nor the figures (`memory_profile.py`, `cost.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from .cost import TimeProfile, UnitSeconds
@@ -12,9 +12,10 @@ from .hardware import DiskFigures
 from .memory_profile import MemoryProfile, UnitMemory
 from .plan import Activations
 from .recompute import Piece, choose_activations
+from .storage_replay import Fresh
 from .trace import Phase
 
-__all__ = ["choose_for_units", "pieces_of", "without_faults"]
+__all__ = ["choose_for_units", "pieces_of", "with_faults"]
 
 
 def pieces_of(memory: MemoryProfile, times: TimeProfile, disk: DiskFigures | None = None) -> list[Piece]:
@@ -69,43 +70,46 @@ def choose_for_units(
     return words
 
 
-def without_faults(
+def with_faults(
     times: TimeProfile,
     memory: MemoryProfile,
-    fault_s_per_byte: float,
-    fresh_shares: Mapping[Phase, float] | None = None,
+    seconds_of: Callable[[Fresh], float],
+    shares: Mapping[Phase, float] | None = None,
+    has_faults: bool = False,
 ) -> TimeProfile:
-    """What units take where the blocks that they free are kept, from what they take where each is a fresh one of the
-    kernel's: less its page faults, for all that a unit makes. At least half of it is left.
+    """What units take where blocks that they make lie in fresh pages, from what they take where none do.
 
     Args:
-        fresh_shares: phase -> part of what it makes that is fresh all the same (`Ledger.fresh_shares`).
+        seconds_of: fresh pages -> what they take.
+        shares: phase -> part of what it makes that is fresh (`Ledger.fresh_shares`); None: all of it.
+        has_faults: whether all of it was fresh when units were timed. At least half of the seconds is then left.
     """
-    fresh = fresh_shares or {}
 
-    def less(seconds: float, churn_bytes: int, phase: Phase) -> float:
-        saved_s = fault_s_per_byte * churn_bytes * (1 - fresh.get(phase, 0.0))
-        return max(seconds - saved_s, seconds / 2)
+    def with_fresh(seconds: float, fresh: Fresh, phase: Phase, part: float = 1.0) -> float:
+        share = 1.0 if shares is None else shares.get(phase, 0.0)
+        return max(seconds + part * (share - has_faults) * seconds_of(fresh), seconds / 2)
 
     def of(run: int, unit: UnitMemory, seconds: UnitSeconds) -> UnitSeconds:
         forward, backward = ("F", run), ("B", run)
-        backward_s = less(seconds.backward_s, unit.backward.churn_bytes, backward)
+        made_again = max(0, unit.recompute_churn_bytes - unit.kept_beside_bytes) / max(1, unit.recompute_churn_bytes)
+        backward_s = with_fresh(seconds.backward_s, unit.backward.fresh, backward)
         return replace(
             seconds,
-            forward_s=less(seconds.forward_s, unit.forward.churn_bytes, forward),
+            forward_s=with_fresh(seconds.forward_s, unit.forward.fresh, forward),
             backward_s=backward_s,
             weight_s=min(seconds.weight_s, backward_s),
-            recompute_s=less(seconds.recompute_s, unit.recompute_churn_bytes, backward),
+            recompute_s=with_fresh(seconds.recompute_s, unit.recompute_fresh, backward),
             selective_s=None
             if seconds.selective_s is None
-            else less(seconds.selective_s, unit.recompute_churn_bytes - unit.kept_beside_bytes, backward),
+            else with_fresh(seconds.selective_s, unit.recompute_fresh, backward, made_again),
         )
 
     units = tuple(of(run, *pair) for run, pair in enumerate(zip(memory.units, times.units, strict=True)))
     last = len(units) - 1
-    return TimeProfile(
-        units,
-        less(times.loss_s, memory.loss.churn_bytes, ("F", last)),
-        less(times.loss_backward_s, memory.loss_backward.churn_bytes, ("B", last)),
-        times.in_turns,
+    return replace(
+        times,
+        units=units,
+        loss_s=with_fresh(times.loss_s, memory.loss.fresh, ("F", last)),
+        loss_backward_s=with_fresh(times.loss_backward_s, memory.loss_backward.fresh, ("B", last)),
+        turn_s=seconds_of(Fresh(paged_bytes=memory.library_bytes)) if shares is None else 0.0,
     )

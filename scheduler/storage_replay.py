@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from .storage_watch import Event, Record, StorageWatch
 from .trace import Phase
 
-__all__ = ["PhaseMemory", "Replay", "round_up"]
+__all__ = ["NOTHING_FRESH", "Fresh", "PhaseMemory", "Replay", "round_up"]
 
 _ALIGN_BYTES = 64  # the CPU allocator's
+
+_PAGED_BYTES, _HUGE_BYTES = 128 << 10, 2 << 20  # blocks from here on come from the kernel, and have room for huge pages
 
 _NONE: Phase = ("", 0)
 
@@ -19,6 +21,30 @@ _NONE: Phase = ("", 0)
 def round_up(num_bytes: int) -> int:
     """`num_bytes` rounded up to what the allocator gives."""
     return -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What the kernel gives, in fresh pages, where a process gives freed blocks back at once.
+
+    Attributes:
+        paged_bytes: in blocks without room for a huge page.
+        huge_bytes: in the others.
+    """
+
+    paged_bytes: int = 0
+    huge_bytes: int = 0
+
+    def plus(self, num_bytes: int) -> "Fresh":
+        """With one more block."""
+        if num_bytes < _PAGED_BYTES:
+            return self
+        if num_bytes < _HUGE_BYTES:
+            return Fresh(self.paged_bytes + num_bytes, self.huge_bytes)
+        return Fresh(self.paged_bytes, self.huge_bytes + num_bytes)
+
+
+NOTHING_FRESH = Fresh()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +61,7 @@ class PhaseMemory:
         gradient_bytes: of the parameters' gradients that it made.
         churn_bytes: everything that it makes added up, gradients too: what a heap grows by at the most where nothing
             that was freed meanwhile is given back.
+        fresh: likewise, as far as blocks come from the kernel.
     """
 
     peak_bytes: int = 0
@@ -45,6 +72,7 @@ class PhaseMemory:
     gradient_bytes: int = 0
     churn_bytes: int = 0
     selective_peak_bytes: int = 0
+    fresh: Fresh = NOTHING_FRESH
 
 
 class _Level:
@@ -78,7 +106,7 @@ class Replay:
         lasting: the storages that outlived the phase in which they were made, gradients of parameters excluded.
         dropped_in, released_in: id of a lasting record -> the phase in which its last reference, or saving, ended.
         recompute_peak_bytes: unit run -> peak of its own storages up to its end, with everything saved.
-        recompute_churn_bytes: unit run -> all that it makes, added up.
+        recompute_churn_bytes, recompute_fresh: unit run -> all that it makes, added up.
         selective_again_bytes: likewise of those that it does not keep where it is recomputed selectively.
         peak_bytes, summing_peak_bytes, collecting_peak_bytes: of the whole pass.
     """
@@ -90,6 +118,7 @@ class Replay:
         self.released_in: dict[int, Phase] = {}
         self.recompute_peak_bytes: dict[int, int] = {}
         self.recompute_churn_bytes: dict[int, int] = {}
+        self.recompute_fresh: dict[int, Fresh] = {}
         self.selective_again_bytes: dict[int, int] = {}
         self._keep, self._own, self._unsaved = _Level(), _Level(), _Level()
         self._selective, self._again = _Level(), _Level()
@@ -100,7 +129,7 @@ class Replay:
         self._saved: dict[int, int] = {}
         self._born: dict[int, Record] = {}  # in this phase, and alive
         self._complete_bytes = 0  # of gradients, in this phase
-        self._made_bytes = 0  # in this phase
+        self._made_bytes, self._fresh = 0, Fresh()  # in this phase
         self._phase: Phase = _NONE
         for event, record, payload in watch.events:
             if event is Event.PHASE:
@@ -109,9 +138,11 @@ class Replay:
             elif event is Event.LEFT:
                 self.recompute_peak_bytes[payload] = self._own.rise
                 self.recompute_churn_bytes[payload] = self._made_bytes
+                self.recompute_fresh[payload] = self._fresh
                 self.selective_again_bytes[payload] = self._again.rise
             elif event is Event.WORKSPACE:
                 self._made_bytes += payload
+                self._fresh = self._fresh.plus(payload)
                 for level in self._all:
                     level.reach(payload)
             else:
@@ -125,6 +156,7 @@ class Replay:
         key = id(record)
         if event is Event.MADE:
             self._made_bytes += num_bytes
+            self._fresh = self._fresh.plus(num_bytes)
         if record.is_gradient:
             self._happen_to_gradient(event, num_bytes)
             return
@@ -188,10 +220,12 @@ class Replay:
                 self._complete_bytes,
                 self._made_bytes,
                 self._selective.rise,
+                self._fresh,
             )
         self.lasting.extend(self._born.values())
         self._born = {}
         self._collecting.add(-self._complete_bytes)
         self._complete_bytes = self._made_bytes = 0
+        self._fresh = Fresh()
         for level in self._all:
             level.start(0 if level in self._from_zero else None)

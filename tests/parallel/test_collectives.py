@@ -213,6 +213,28 @@ def test_parameters_are_gathered_from_their_owners(num_ranks, kind, sharded, sto
         assert seen["held gathered"] == (shard_bytes + full_bytes if droppable else small)
 
 
+def gather_around_reductions(rank: int, kind: str, buffer_elems: int) -> list[list[float]]:
+    transport = open_transport(kind=kind)
+    transport.prepare_reduce(buffer_elems, torch.float32, 4)
+    found = []
+    for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float32)):
+        full = torch.zeros(12 * transport.size, dtype=dtype)
+        transport.gather_into(full, torch.full((12,), 10.0 * number + rank, dtype=dtype))
+        found.append(full.tolist())
+        out = torch.empty(6 // transport.size)
+        transport.reduce(packer(rank, number, 6), 6, 4, out, whole=False, accumulate=False)
+        start, stop = shard_range(6, transport.size, rank)
+        assert torch.equal(out, reference(transport.size, [number], 6)[start:stop]), "a gather does not get in its way"
+    return found
+
+
+@RANKS
+@pytest.mark.parametrize(("kind", "buffer_elems"), [("shared-memory", 600), ("shared-memory", 6), ("gloo", 600)])
+def test_shards_are_gathered_among_reductions_through_the_same_buffers_or_without(num_ranks, kind, buffer_elems):
+    expected = [[10.0 * number + owner for owner in range(num_ranks) for _ in range(12)] for number in range(3)]
+    assert run_ranks(gather_around_reductions, num_ranks, kind, buffer_elems) == [expected] * num_ranks
+
+
 def talk(rank: int, kind: str) -> tuple[list[list[float]], list[float], int]:
     transport = open_transport(kind=kind)
     rows = transport.gather_rows([float(rank), rank + 0.1]).tolist()

@@ -13,7 +13,7 @@ from outgrow.scheduler.passes import compile_program
 THREE = chain((0,), (1,), (2,))
 WRITES = Transfers(2 * PAGE, 0.25, 1.5, 0.5)
 DISK = DiskFigures(Transfers(4 * PAGE, 0.125, 1.5, 0.25), WRITES, WRITES, 1.0)
-MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.5, 0.25, 0.0, DISK, NetFigures(PAGE, 0.5, PAGE, 0.5))
+MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.5, 0.25, 0.0, 0.0, DISK, NetFigures(PAGE, 0.5, PAGE, 0.5))
 PROFILE = TimeProfile(tuple(UnitSeconds(1.0 + n, 2.0 + n, 0.5, 0.75) for n in range(3)), 0.5, 0.25, 1.25)
 
 

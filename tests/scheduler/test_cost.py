@@ -18,7 +18,7 @@ DISK = DiskFigures(
     Transfers(4 * PAGE, 0.125, 1.5, 0.25), Transfers(2 * PAGE, 0.125, 2.0, 0.125), Transfers(PAGE, 0.25, 1.5, 0.5), 1.25
 )
 NET = NetFigures(8 * PAGE, 0.25, 4 * PAGE, 0.5)
-MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.125, 0.0, DISK, NET)
+MACHINE = Hardware("here", 2, 16 * PAGE, 32 * PAGE, 1024, 0.0, 0.125, 0.0, 0.0, DISK, NET)
 PROFILE = TimeProfile((UnitSeconds(1.0, 2.0, 0.5, 0.75), UnitSeconds(4.0, 8.0, 3.0, 3.5)), 0.5, 0.25)
 
 
@@ -85,7 +85,9 @@ def test_the_disk() -> None:
 def test_exchange_updates_and_the_norm() -> None:
     two = plan_of(TWO, ranks=2)
     assert seconds("GATHER c0.0", two, Lane.NET, PAGE) == 0.25 + 0.125
-    assert seconds("GATHER c0.0", two, Lane.NET, PAGE, shares_parameters=True) == 0
+    assert seconds("GATHER c0.0", two, Lane.NET, PAGE, shares_parameters=True) == 0.25 + 0.125, "they come from a disk"
+    on_host = plan_of(TWO, "optimizer", ranks=2)
+    assert seconds("GATHER c0.0", on_host, Lane.NET, PAGE, shares_parameters=True) == 0
     assert seconds("REDUCE c0.0", two, Lane.NET, PAGE) == 0.5 + 0.25
     assert seconds("REDUCE c0.0", num_bytes=PAGE) == PAGE / (32 * PAGE)
     assert seconds("STEP c0") == 2.0

@@ -121,6 +121,18 @@ def test_what_other_lanes_make_meanwhile_is_announced_with_a_phase(profile: Memo
     assert after == alone, "sums that stay are there"
 
 
+def test_gradients_that_an_exchange_has_not_taken_yet_count(profile: MemoryProfile) -> None:
+    def passes(**plan: object) -> list[int]:
+        found = ledger(profile, micro_batches=2, **plan)
+        return [size for _, size in found.levels if size][: 4 * DEPTH]
+
+    waiting = [two - one for one, two in zip(passes(), passes(ranks=2), strict=True)]
+    forward, backward = waiting[:DEPTH], waiting[DEPTH : 2 * DEPTH]
+    assert forward == [0] * DEPTH
+    assert backward == [0] + [WEIGHT_BYTES] * (DEPTH - 1), "those of the action before it"
+    assert waiting[2 * DEPTH : 3 * DEPTH] == [2 * WEIGHT_BYTES] * DEPTH, "a forward action waits for no exchange"
+
+
 def test_a_heap_that_has_room_makes_fresh_pages_once_and_one_that_has_none_every_time() -> None:
     """One unit that holds nothing between its passes: 10 bytes rise and 20 made forward, 20 and 40 backward."""
     order = (("F", 0), ("B", 0))

@@ -7,8 +7,9 @@ from outgrow.parallel.units import find_units
 from outgrow.scheduler.cost import TimeProfile, UnitSeconds
 from outgrow.scheduler.hardware import DiskFigures, Transfers
 from outgrow.scheduler.memory_profile import MemoryProfile, measure_memory
-from outgrow.scheduler.pieces import choose_for_units, pieces_of, without_faults
+from outgrow.scheduler.pieces import choose_for_units, pieces_of, with_faults
 from outgrow.scheduler.plan import Activations
+from outgrow.scheduler.storage_replay import Fresh
 
 DISK = DiskFigures(
     Transfers(1e9, 0.001, 1.0, 0.0), Transfers(2e9, 0.001, 1.0, 0.0), Transfers(2e9, 0.001, 1.0, 0.0), 1.0
@@ -28,8 +29,8 @@ class Chain(nn.Module):
         return x
 
 
-def profile() -> tuple[MemoryProfile, TimeProfile]:
-    model, batch = Chain(), torch.ones(32, 64)
+def profile(num_samples: int = 32) -> tuple[MemoryProfile, TimeProfile]:
+    model, batch = Chain(), torch.ones(num_samples, 64)
     memory = measure_memory(model, find_units(model), lambda m, b: m(b), lambda out, _: out.sum(), batch)
     return memory, TimeProfile(tuple(UnitSeconds(1.0, 2.0, 1.0, 1.0) for _ in memory.units))
 
@@ -72,22 +73,36 @@ def test_what_is_quick_to_move_is_moved() -> None:
     assert Activations.OFFLOAD_DISK not in (choose_for_units(memory, times, 4, tight) or ())
 
 
-def test_kept_blocks_save_page_faults_for_what_a_unit_makes() -> None:
-    memory, times = profile()
-    fault = 0.1 / max(unit.backward.churn_bytes for unit in memory.units)
-    found = without_faults(times, memory, fault)
+def test_fresh_pages_take_their_time_for_what_a_unit_makes() -> None:
+    memory, times = profile(4000)
+    assert all(unit.forward.fresh.paged_bytes and unit.forward.fresh.huge_bytes for unit in memory.units[:-1])
+
+    def seconds_of(fresh: Fresh) -> float:
+        return fresh.paged_bytes * 1e-9 + fresh.huge_bytes * 1e-10
+
+    found = with_faults(times, memory, seconds_of)
     for unit, before, after in zip(memory.units, times.units, found.units, strict=True):
-        assert unit.forward.churn_bytes > 0
-        assert after.forward_s == before.forward_s - fault * unit.forward.churn_bytes
-        assert after.backward_s == before.backward_s - fault * unit.backward.churn_bytes
-        assert after.recompute_s == before.recompute_s - fault * unit.recompute_churn_bytes
+        assert after.forward_s == before.forward_s + seconds_of(unit.forward.fresh)
+        assert after.backward_s == before.backward_s + seconds_of(unit.backward.fresh)
+        assert after.recompute_s == before.recompute_s + seconds_of(unit.recompute_fresh)
         assert after.selective_s is None
-    half = without_faults(times, memory, fault, {("F", 1): 0.5, ("B", 1): 1.0})
-    assert half.units[0] == found.units[0]
-    assert half.units[1].forward_s == times.units[1].forward_s - fault * memory.units[1].forward.churn_bytes / 2
-    assert half.units[1].backward_s == times.units[1].backward_s, "all of it is fresh: no fault is saved"
-    assert without_faults(times, memory, 0.0) == times
-    assert all(unit.forward_s == 0.5 for unit in without_faults(times, memory, 1.0).units), "half is left at least"
+    half = with_faults(times, memory, seconds_of, {("F", 1): 0.5, ("B", 1): 1.0})
+    assert half.units[0] == times.units[0], "nothing of it is fresh"
+    assert half.units[1].forward_s == times.units[1].forward_s + seconds_of(memory.units[1].forward.fresh) / 2
+    assert half.units[1].backward_s == found.units[1].backward_s
+
+
+def test_fresh_pages_that_were_timed_too_are_taken_off_again() -> None:
+    memory, times = profile(4000)
+
+    def seconds_of(fresh: Fresh) -> float:
+        return fresh.paged_bytes * 1e-9 + fresh.huge_bytes * 1e-10
+
+    assert with_faults(times, memory, seconds_of, has_faults=True) == times
+    kept = with_faults(times, memory, seconds_of, {}, has_faults=True)
+    assert kept.units[1].forward_s == times.units[1].forward_s - seconds_of(memory.units[1].forward.fresh)
+    much = with_faults(times, memory, lambda fresh: 100.0, {}, has_faults=True)
+    assert all(unit.forward_s == 0.5 for unit in much.units), "half is left at least"
 
 
 def test_a_twice_as_fast_disk() -> None:
