@@ -220,8 +220,12 @@ def _turn_seconds() -> float:
     order = [Action(Kind.F, unit, number) for unit in range(turns_of_each) for number in range(micro_batches)]
     program = Program(tuple(Instruction(a, Lane.COMPUTE, (n - 1,) * (n > 0)) for n, a in enumerate(order)))
     left, right = torch.ones(256, 1024), torch.ones(1024, 1024)  # kernels with helpers and buffers, as units have them
+
+    def leave(_number: int) -> None:
+        release_kernel_buffers()
+
     with Executor({}) as executor:
-        turns = Turns(executor, leave=lambda _number: release_kernel_buffers())
+        turns = Turns(executor, leave)
 
         def body(number: int) -> None:
             for unit in range(turns_of_each):
