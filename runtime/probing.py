@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..memory.allocator import release_kernel_buffers
 from ..memory.direct_io import AlignedBuffer
 from ..memory.disk_speed import TransferTimes, measure_disk, measure_transfers
 from ..memory.worker_environment import asks_for_huge_pages
@@ -45,6 +45,7 @@ _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS, _FAULT_ROUNDS = 5, 25
 _PAGED_BYTES, _HUGE_BYTES = 400 << 10, 6 << 20  # of blocks whose page faults are timed
 _USED_ROUNDS, _USED_BYTES = 4, 64 << 20  # of memory that was in use before them
+_ALONE_S = 0.1  # in which a thread computes without an exchange beside it
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
 _METHOD = 4  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
@@ -209,8 +210,7 @@ def _action_seconds() -> float:
 
 
 def _turn_seconds() -> float:
-    """What it takes beside the work of a turn to end it, which lets go of kernels' buffers, and to begin another
-    micro-batch's."""
+    """What it takes beside the work of a turn to end it and to begin that of another micro-batch."""
     from ..parallel.actions import Action, Kind
     from ..scheduler.program import Instruction, Lane, Program
     from .executor import Executor
@@ -219,13 +219,9 @@ def _turn_seconds() -> float:
     turns_of_each, micro_batches = 20, 2
     order = [Action(Kind.F, unit, number) for unit in range(turns_of_each) for number in range(micro_batches)]
     program = Program(tuple(Instruction(a, Lane.COMPUTE, (n - 1,) * (n > 0)) for n, a in enumerate(order)))
-    left, right = torch.ones(256, 1024), torch.ones(1024, 1024)  # kernels with helpers and buffers, as units have them
-
-    def leave(_number: int) -> None:
-        release_kernel_buffers()
-
+    left, right = torch.ones(256, 256), torch.ones(256, 256)  # kernels with helpers, as units have them
     with Executor({}) as executor:
-        turns = Turns(executor, leave)
+        turns = Turns(executor)
 
         def body(number: int) -> None:
             for unit in range(turns_of_each):
@@ -262,8 +258,54 @@ def update_speed(optimizer: "PiecewiseOptimizer", elems: int = _ELEMS // 2) -> f
     return elems / _median_s(optimizer.alone(parameter).step)
 
 
+class _Computing:
+    """A thread that computes until the end, and counts how much."""
+
+    def __init__(self) -> None:
+        self._num_threads = torch.get_num_threads()
+        self._is_over = False
+        self._count = 0
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def __enter__(self) -> "_Computing":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._thread.join()
+
+    def rate_during(self, work: Callable[[], object]) -> float:
+        """How much it computes in a second meanwhile."""
+        began, began_s = self._count, time.perf_counter()
+        work()
+        return (self._count - began) / (time.perf_counter() - began_s)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)  # torch keeps it for each thread
+        left, right = torch.ones(128, 256), torch.ones(256, 256)
+        while not self._is_over:
+            torch.mm(left, right)
+            self._count += 1
+
+
 def measure_net(transport: "Transport") -> NetFigures:
-    """Latency and bandwidth of the exchange, fitted over several sizes; the slowest rank's. Collective."""
+    """Latency and bandwidth of the exchange while all ranks compute, fitted over several sizes; the slowest rank's.
+    What waits for a peer wakes up late on a core that computes. Collective."""
+    rows: list[tuple[int, float, float]] = []
+    with _Computing() as computing:
+        transport.gather_rows([0.0])
+        alone = computing.rate_during(lambda: time.sleep(_ALONE_S))
+        transport.gather_rows([0.0])
+        beside = computing.rate_during(lambda: rows.extend(_net_rows(transport)))
+    slowdown = float(transport.gather_rows([alone / max(beside, 1e-9)]).mean())
+    gather_latency, gather_speed = _fit([(size, seconds) for size, seconds, _ in rows])
+    reduce_latency, reduce_speed = _fit([(size, seconds) for size, _, seconds in rows])
+    return NetFigures(gather_speed, gather_latency, reduce_speed, reduce_latency, max(0.0, slowdown - 1))
+
+
+def _net_rows(transport: "Transport") -> list[tuple[int, float, float]]:
+    """Bytes of an exchange, and what gathering and reducing so many take on the slowest rank."""
     rows = []
     for size in _NET_BYTES:
         elems = size // 4 // transport.size * transport.size
@@ -285,9 +327,7 @@ def measure_net(transport: "Transport") -> NetFigures:
         transport.gather_rows([0.0])
         slowest = transport.gather_rows([_median_s(gather), _median_s(reduce)]).max(dim=0).values.tolist()
         rows.append((elems * 4, *slowest))
-    gather_latency, gather_speed = _fit([(size, seconds) for size, seconds, _ in rows])
-    reduce_latency, reduce_speed = _fit([(size, seconds) for size, _, seconds in rows])
-    return NetFigures(gather_speed, gather_latency, reduce_speed, reduce_latency)
+    return rows
 
 
 def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -57,7 +57,6 @@ class TimeProfile:
         units: one for each unit run.
         loss_s, loss_backward_s: of what comes behind the last unit.
         in_turns: times as long that a pass takes where micro-batches take turns, each in a thread of its own.
-        turn_s: what each turn takes beside that, since libraries of kernels take fresh memory for their buffers.
 
     Raises:
         ValueError: turns that take less.
@@ -67,7 +66,6 @@ class TimeProfile:
     loss_s: float = 0.0
     loss_backward_s: float = 0.0
     in_turns: float = 1.0
-    turn_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.in_turns < 1:
@@ -96,7 +94,7 @@ class Costs:
         if instruction.action.kind is Kind.DROP:
             return Work(0.0)
         is_transfer = instruction.action.kind in _TRANSFERS and instruction.lane in (Lane.READ, Lane.WRITE)
-        alone = self._transfer(instruction) if is_transfer else Work(*self._alone(instruction))
+        alone = self._transfer(instruction) if is_transfer else self._alone(instruction)
         return replace(alone, seconds=alone.seconds + self.hardware.action_s)
 
     @property
@@ -109,21 +107,21 @@ class Costs:
 
         return of
 
-    def _alone(self, instruction: Instruction) -> tuple[float, dict[str, float]]:
+    def _alone(self, instruction: Instruction) -> Work:
         kind, c = instruction.action.kind, instruction.action.index
         match kind:
             case Kind.F | Kind.B | Kind.I | Kind.W | Kind.R:
-                return self._compute(instruction) + self._summed_s(instruction), {"cores": 1.0}
+                return Work(self._compute(instruction) + self._summed_s(instruction), {"cores": 1.0})
             case Kind.UP | Kind.DOWN | Kind.SAVE | Kind.LOAD:
-                return instruction.num_bytes / self.hardware.copy_bytes_per_s, {"memory": 1.0}
+                return Work(instruction.num_bytes / self.hardware.copy_bytes_per_s, {"memory": 1.0})
             case Kind.GATHER | Kind.REDUCE if c is not None:
                 return self._exchange(kind, c, instruction.num_bytes)
             case Kind.STEP if c is not None:
-                return self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0, "cores": 1.0}
+                return Work(self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0, "cores": 1.0})
             case Kind.NORM:
-                return self._norm(), {"memory": 1.0, "cores": 1.0}
+                return Work(self._norm(), {"memory": 1.0, "cores": 1.0})
             case _:
-                return 0.0, {}
+                return Work(0.0)
 
     def _again_s(self, run: int) -> float:
         """What a unit's backward takes beside itself."""
@@ -140,7 +138,7 @@ class Costs:
         alone_s = self._pass_s(instruction.action.kind, run)
         if not takes_turns:
             return alone_s
-        return alone_s * self.profile.in_turns + self.profile.turn_s + self.hardware.turn_s
+        return alone_s * self.profile.in_turns + self.hardware.turn_s
 
     def _pass_s(self, kind: Kind, run: int) -> float:
         unit = self.profile.units[run]
@@ -180,21 +178,21 @@ class Costs:
         shares = {"disk": float(self.ranks_here), "cores": kind.cores_share * self.ranks_here}
         return Work(kind.seconds(instruction.num_bytes), shares, {"cores": kind.beside})
 
-    def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> tuple[float, dict[str, float]]:
+    def _exchange(self, kind: Kind, chunk: int, num_bytes: int) -> Work:
+        """Between ranks it gives way to computing: it was measured beside that."""
         net = self.hardware.net
         if self.plan.world_size == 1:
-            return num_bytes / self.hardware.sum_bytes_per_s, {"memory": 1.0}
+            return Work(num_bytes / self.hardware.sum_bytes_per_s, {"memory": 1.0})
         home = self.plan.chunks[chunk].parameter_home
         if kind is Kind.GATHER and self.shares_parameters and home is Home.HOST and is_gathered(chunk, self.plan):
-            return 0.0, {}
+            return Work(0.0)
         if net is None:
             raise ValueError(f"{kind} c{chunk}: no exchange between ranks was measured")
-        shares = {"memory": 1.0}
-        if self.shares_parameters:  # the exchange is copies and sums, done by a thread of this rank
-            shares["cores"] = 1 / self.hardware.num_threads
+        latency_s, bytes_per_s = net.reduce_latency_s, net.reduce_bytes_per_s
         if kind is Kind.GATHER:
-            return net.gather_latency_s + num_bytes / net.gather_bytes_per_s, shares
-        return net.reduce_latency_s + num_bytes / net.reduce_bytes_per_s, shares
+            latency_s, bytes_per_s = net.gather_latency_s, net.gather_bytes_per_s
+        shares = {"memory": 1.0, "cores": net.cores_share}
+        return Work(latency_s + num_bytes / bytes_per_s, shares, {"cores": 1.0})
 
     def _norm(self) -> float:
         """One look at all gradients, where they were not looked at before; and one more pass where they are clipped."""

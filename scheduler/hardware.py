@@ -83,11 +83,12 @@ class DiskFigures:
 
 @dataclass(frozen=True, slots=True)
 class NetFigures:
-    """Exchange between the ranks: seconds = latency + bytes / bandwidth, for one action.
+    """Exchange between the ranks while all of them compute: seconds = latency + bytes / bandwidth, for one action.
 
     Attributes:
         gather_bytes_per_s, reduce_bytes_per_s: of whole chunks, fitted over several sizes.
         gather_latency_s, reduce_latency_s: likewise.
+        cores_share: of what a rank's threads compute with, the part that an exchange takes meanwhile.
 
     Raises:
         ValueError: a bandwidth that is not positive, or a negative latency.
@@ -97,9 +98,10 @@ class NetFigures:
     gather_latency_s: float
     reduce_bytes_per_s: float
     reduce_latency_s: float
+    cores_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "gather_latency_s", "reduce_latency_s")
+        _check_positive(self, "gather_latency_s", "reduce_latency_s", "cores_share")
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,5 +111,4 @@ def with_faults(
         units=units,
         loss_s=with_fresh(times.loss_s, memory.loss.fresh, ("F", last)),
         loss_backward_s=with_fresh(times.loss_backward_s, memory.loss_backward.fresh, ("B", last)),
-        turn_s=seconds_of(Fresh(paged_bytes=memory.library_bytes)) if shares is None else 0.0,
     )

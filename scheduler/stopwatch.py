@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..memory.allocator import release_kernel_buffers
+
 __all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
@@ -108,15 +110,15 @@ class Stopwatch:
         return rounds
 
     def in_turns(self, way: Way) -> float:
-        """Times as long that both passes take where threads compute in turns, each with kernels' helpers and their
-        buffers of its own; at least 1."""
+        """Times as long that both passes take where threads compute in turns, each with helpers of its own and, since a
+        turn ends with them, with kernels' buffers that are taken anew; at least 1."""
         num_threads = torch.get_num_threads()
         alone: list[float] = []
         turns: list[float] = []
 
-        def once() -> float:
+        def once(begin: Callable[[], object] = lambda: None) -> float:
             torch.set_num_threads(num_threads)  # torch keeps it for each thread
-            return sum(self._once(way))
+            return sum(self._once(way, begin))
 
         once()
         while sum(alone) < _TURNS_S and len(alone) < _MOST_ROUNDS:
@@ -124,17 +126,19 @@ class Stopwatch:
             with ExitStack() as stack:  # apart from the ones alone, which a second team would slow too
                 threads = [stack.enter_context(ThreadPoolExecutor(1, "turn")) for _ in range(_NUM_TURNS)]
                 for is_warm in (False, True, True):
-                    found = [thread.submit(once).result() for thread in threads]
+                    found = [thread.submit(once, release_kernel_buffers).result() for thread in threads]
                     turns += found if is_warm else []
         return max(1.0, typical(turns) / typical(alone))
 
-    def _once(self, way: Way) -> tuple[float, float]:
+    def _once(self, way: Way, begin: Callable[[], object] = lambda: None) -> tuple[float, float]:
+        """`begin` is called before each pass, when the caches are as they will be."""
         for tensor in (*way.trained, *way.frozen):
             tensor.grad = None
         for parameter in way.frozen:
             parameter.requires_grad_(False)
         try:
             self.others.walk(way.given)
+            begin()
             began_s = time.perf_counter()
             output = way.run()
             forward_s = time.perf_counter() - began_s
@@ -143,6 +147,7 @@ class Stopwatch:
                 return forward_s, 0.0
             gradients = [torch.ones_like(leaf) for leaf in outputs]
             self.others.walk(gradients)
+            begin()
             began_s = time.perf_counter()
             torch.autograd.backward(outputs, gradients)
             return forward_s, time.perf_counter() - began_s

@@ -97,14 +97,15 @@ def test_exchange_updates_and_the_norm() -> None:
     assert seconds("DROP c0:param") == 0
 
 
-def test_an_exchange_through_memory_takes_a_thread_from_computing() -> None:
+def test_an_exchange_gives_way_to_computing_and_slows_it() -> None:
     reduce = Instruction(Action.parse("REDUCE c0.0"), Lane.NET, (), PAGE)
-    costs = Costs(TWO, plan_of(TWO, ranks=2), PROFILE, MACHINE, (2048, 1024))
-    assert costs(reduce).shares == {"memory": 1.0}, "a network does it"
-    assert replace(costs, shares_parameters=True)(reduce).shares == {"memory": 1.0, "cores": 0.5}, "one of two threads"
-    one_thread = replace(costs, shares_parameters=True, hardware=replace(MACHINE, num_threads=1))
+    machine = replace(MACHINE, net=replace(NET, cores_share=0.5))
+    costs = Costs(TWO, plan_of(TWO, ranks=2), PROFILE, machine, (2048, 1024))
+    assert costs(reduce).shares == {"memory": 1.0, "cores": 0.5}
     program = Program((Instruction(Action.parse("B0.0"), Lane.COMPUTE), reduce))
-    assert simulate(program, one_thread).seconds == 2.0 + 0.75, "both are slower while both run"
+    alone_s = simulate(Program((reduce,)), costs).seconds
+    assert alone_s == 0.75, "as it was measured, beside computing"
+    assert simulate(program, costs).seconds == pytest.approx(2.0 + 0.75 / 1.5 * 0.5)
 
 
 def test_what_was_not_measured_is_named() -> None:
