@@ -89,9 +89,8 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     else:
         gradients = dict(figures.gradient_bytes)
     walk = ActivationWalk(levels, plan.keeps_freed)
-    flying: deque[int] = deque(
-        maxlen=2
-    )  # gradients of the last backward actions, which an exchange may still be taking
+    # Gradients of the last backward actions that an exchange may still be taking; from a device they go to buffers.
+    flying: deque[int] = deque(maxlen=2)
     held: set[int] = set()
     fixed_bytes, held_bytes = sum(fixed.values()), 0
     best = Ledger(0, "", {})
@@ -103,7 +102,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         if action.kind in (Kind.F, Kind.B):
             in_flight = flying[-1] if flying and action.kind is Kind.B else sum(flying)
             if action.kind is Kind.B:
-                if plan.world_size > 1:
+                if plan.world_size > 1 and plan.unified:
                     flying.append(sum(shape.chunks[chunk].num_bytes for chunk in _reduced(action, shape)))
                 held |= _completed(action, shape)
                 held_bytes = sum(gradients.get(chunk, 0) for chunk in held)

@@ -213,10 +213,17 @@ def test_parameters_are_gathered_from_their_owners(num_ranks, kind, sharded, sto
         assert seen["held gathered"] == (shard_bytes + full_bytes if droppable else small)
 
 
-def gather_around_reductions(rank: int, kind: str, buffer_elems: int) -> list[list[float]]:
+def gather_around_reductions(rank: int, kind: str, buffer_elems: int) -> tuple[int, list[list[float]]]:
     transport = open_transport(kind=kind)
     transport.prepare_reduce(buffer_elems, torch.float32, 4)
-    found = []
+    found, sent = [], []
+    by_messages = Transport.gather_into
+
+    def counted(self: Transport, full: torch.Tensor, shard: torch.Tensor) -> None:
+        sent.append(full)
+        by_messages(self, full, shard)
+
+    Transport.gather_into = counted
     for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float32)):
         full = torch.zeros(12 * transport.size, dtype=dtype)
         transport.gather_into(full, torch.full((12,), 10.0 * number + rank, dtype=dtype))
@@ -225,14 +232,18 @@ def gather_around_reductions(rank: int, kind: str, buffer_elems: int) -> list[li
         transport.reduce(packer(rank, number, 6), 6, 4, out, whole=False, accumulate=False)
         start, stop = shard_range(6, transport.size, rank)
         assert torch.equal(out, reference(transport.size, [number], 6)[start:stop]), "a gather does not get in its way"
-    return found
+    return len(sent), found
 
 
 @RANKS
-@pytest.mark.parametrize(("kind", "buffer_elems"), [("shared-memory", 600), ("shared-memory", 6), ("gloo", 600)])
-def test_shards_are_gathered_among_reductions_through_the_same_buffers_or_without(num_ranks, kind, buffer_elems):
+@pytest.mark.parametrize(
+    ("kind", "buffer_elems", "num_sent"), [("shared-memory", 600, 0), ("shared-memory", 6, 3), ("gloo", 600, 3)]
+)
+def test_shards_are_gathered_among_reductions_through_the_same_buffers_or_without(
+    num_ranks, kind, buffer_elems, num_sent
+):
     expected = [[10.0 * number + owner for owner in range(num_ranks) for _ in range(12)] for number in range(3)]
-    assert run_ranks(gather_around_reductions, num_ranks, kind, buffer_elems) == [expected] * num_ranks
+    assert run_ranks(gather_around_reductions, num_ranks, kind, buffer_elems) == [(num_sent, expected)] * num_ranks
 
 
 def talk(rank: int, kind: str) -> tuple[list[list[float]], list[float], int]:

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
+from outgrow.parallel.collectives import Transport, open_transport
 from outgrow.runtime import probing
 from outgrow.runtime.probing import cache_folder, probe
 from outgrow.scheduler.hardware import Hardware
@@ -97,3 +99,27 @@ def test_measuring_takes_no_more_than_is_asked_for(tmp_path: Path) -> None:
     )
     taken, asked = map(int, answer.stdout.split())
     assert asked // 2 < taken <= asked
+
+
+def exchange_beside_computing(rank: int) -> tuple[list[float], bool, bool]:
+    transport = open_transport(kind="shared-memory")
+    computing: list[bool] = []
+    rows = probing._net_rows
+
+    def noted(transport: Transport) -> list[tuple[int, float, float]]:
+        computing.append(any(thread.name == "compute" for thread in threading.enumerate()))
+        return rows(transport)
+
+    probing._net_rows = noted
+    found = probing.measure_net(transport)
+    is_over = not any(thread.name == "compute" for thread in threading.enumerate())
+    return list(asdict(found).values()), all(computing) and bool(computing), is_over
+
+
+def test_exchanges_are_measured_while_every_rank_computes() -> None:
+    for numbers, computed, is_over in run_ranks(exchange_beside_computing, 2):
+        assert numbers[0] > 0
+        assert numbers[2] > 0
+        assert min(numbers) >= 0
+        assert computed
+        assert is_over

@@ -131,6 +131,7 @@ def test_gradients_that_an_exchange_has_not_taken_yet_count(profile: MemoryProfi
     assert forward == [0] * DEPTH
     assert backward == [0] + [WEIGHT_BYTES] * (DEPTH - 1), "those of the action before it"
     assert waiting[2 * DEPTH : 3 * DEPTH] == [2 * WEIGHT_BYTES] * DEPTH, "a forward action waits for no exchange"
+    assert passes(ranks=2, unified=False) == passes(unified=False), "from a device they go to buffers that are counted"
 
 
 def test_a_heap_that_has_room_makes_fresh_pages_once_and_one_that_has_none_every_time() -> None:

@@ -75,7 +75,11 @@ def test_turns_are_taken_in_threads_that_end(monkeypatch: pytest.MonkeyPatch) ->
     module, way = layer()
     names = []
     watched = Way(lambda: names.append(threading.current_thread().name) or module(way.given[0]), way.given, way.trained)
+    released = []
     monkeypatch.setattr(stopwatch, "_TURNS_S", 0.0001)
+    monkeypatch.setattr(stopwatch, "release_kernel_buffers", lambda: released.append(threading.current_thread().name))
     assert Stopwatch(4).in_turns(watched) >= 1
+    passes = [name for name in names if name.startswith("turn")]
+    assert sorted(released) == sorted(passes * 2), "before each pass of a turn, and of no other"
     assert {name.split("_")[0] for name in names} == {"MainThread", "turn"}
     assert not any(each.name.startswith("turn") for each in threading.enumerate())
