@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..memory.block_pool import BlockPool
 from .kernels import sum_ranks
 from .placement import (
     CommonParameters,
@@ -40,6 +41,7 @@ class Transport(ABC):
     Attributes:
         name: for reports.
         rank, size: in the group.
+        copies: memory of gathered copies that come and go.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Transport(ABC):
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.copies = BlockPool()
 
     def gather_rows(self, values: Sequence[float]) -> torch.Tensor:
         """Every rank's `values`: float64 [size, len(values)]. Also a barrier."""
@@ -95,7 +98,7 @@ class Transport(ABC):
         """
 
         kind = UploadedParameters if uploads else OffloadedParameters
-        return kind(num_elems, dtype, self.size, self.rank, self.gather_into)
+        return kind(num_elems, dtype, self.size, self.rank, self.gather_into, self.copies)
 
     def gather_into(self, full: torch.Tensor, shard: torch.Tensor) -> None:
         """Every rank's shard, one after the other, into `full`."""
@@ -223,7 +226,7 @@ class MessageTransport(Transport):
         return 0
 
     def parameters(self, num_elems: int, dtype: torch.dtype, sharded: bool) -> ParameterStore:
-        return GatheredParameters(num_elems, dtype, self.size, self.rank, self._all_gather, sharded)
+        return GatheredParameters(num_elems, dtype, self.size, self.rank, self._all_gather, sharded, self.copies)
 
     def _all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> None:
         dist.all_gather_single(full, shard, group=self.group)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..memory.block_pool import BlockPool
 from .sharding import shard_range
 
 __all__ = [
@@ -165,10 +166,12 @@ class GatheredParameters(ParameterStore):
         rank: int,
         all_gather: Callable[[torch.Tensor, torch.Tensor], None],
         droppable: bool,
+        copies: BlockPool | None = None,
     ) -> None:
         self.start, self.stop = shard_range(num_elems, size, rank)
         self._num_elems = num_elems
         self._all_gather = all_gather
+        self._copies = copies or BlockPool()
         self.droppable = droppable
         self._full = None if droppable else torch.zeros(num_elems, dtype=dtype)
         self.shard = (
@@ -187,11 +190,12 @@ class GatheredParameters(ParameterStore):
 
     def gather(self) -> None:
         if self._full is None:
-            self._full = torch.empty(self._num_elems, dtype=self.shard.dtype)
+            self._full = self._copies.take(self._num_elems, self.shard.dtype)
         self._all_gather(self._full, self.shard if self.droppable else self.shard.clone())
 
     def drop(self) -> None:
-        if self.droppable:
+        if self.droppable and self._full is not None:
+            self._copies.give(self._full)
             self._full = None
 
     def fill(self, values: torch.Tensor) -> None:
@@ -219,11 +223,13 @@ class OffloadedParameters(ParameterStore):
         size: int = 1,
         rank: int = 0,
         all_gather: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        copies: BlockPool | None = None,
     ) -> None:
         self.start, self.stop = shard_range(num_elems, size, rank)
         self.dtype = dtype
         self._num_elems = num_elems
         self._all_gather = all_gather
+        self._copies = copies or BlockPool()
         self._nothing = torch.empty(0, dtype=dtype)
         self.shard = self._nothing
         self._full: torch.Tensor | None = None
@@ -277,10 +283,16 @@ class OffloadedParameters(ParameterStore):
         source = self._source
         assert source is not None, "a shard is gathered that is not in memory"
         if self._full is None:
-            self._full = torch.empty(self._num_elems, dtype=self.dtype, device=source.device)
+            self._full = (
+                torch.empty(self._num_elems, dtype=self.dtype, device=source.device)
+                if source.is_cuda
+                else self._copies.take(self._num_elems, self.dtype)
+            )
         self._all_gather(self._full, source)
 
     def drop(self) -> None:
+        if self._full is not None:
+            self._copies.give(self._full)
         self._full = None
 
     def fill(self, values: torch.Tensor) -> None:

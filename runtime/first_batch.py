@@ -298,6 +298,8 @@ class FirstBatch(ABC):
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
+        if self.transport is not None and self.predicted is not None and self.plan.unified:
+            self.transport.copies.limit_bytes = self.predicted.parts["gathered"]
         self._recomputed = recompute_units(self._units, self.plan)
         if self._program.actions(Kind.SAVE):
             if Activations.OFFLOAD_DISK in self.plan.activations:
