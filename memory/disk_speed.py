@@ -20,7 +20,7 @@ from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
-_ROUNDS = 6
+_ROUNDS = 4
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
@@ -208,7 +208,7 @@ class _Kind:
     def times(self) -> TransferTimes:
         alone_s, beside_s = ([statistics.median(found) for found in each] for each in (self._alone, self._beside))
         sizes = (len(buffer.view) for _, buffer in self._pairs)
-        middle = sorted(self._slowdowns)[_ROUNDS // 5 : _ROUNDS - _ROUNDS // 5]
+        middle = sorted(self._slowdowns)[_ROUNDS // 4 : _ROUNDS - _ROUNDS // 4]
         return TransferTimes(
             tuple(zip(sizes, alone_s, strict=True)),
             max(1.0, sum(beside_s) / sum(alone_s)),

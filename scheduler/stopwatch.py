@@ -25,7 +25,8 @@ _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
-_NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least
+_NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least, in three parts
+_SETTLING_S = 0.1  # of turns: new threads and their helpers may share a core until the kernel has moved them
 
 
 def _cache_bytes() -> int:
@@ -122,13 +123,18 @@ class Stopwatch:
 
         once()
         while sum(alone) < _TURNS_S and len(alone) < _MOST_ROUNDS:
-            alone += [once() for _ in range(_NUM_TURNS)]
+            alone += _repeated(once, _TURNS_S / 3)
             with ExitStack() as stack:  # apart from the ones alone, which a second team would slow too
                 threads = [stack.enter_context(ThreadPoolExecutor(1, "turn")) for _ in range(_NUM_TURNS)]
-                for is_warm in (False, True, True):
-                    found = [thread.submit(once, release_kernel_buffers).result() for thread in threads]
-                    turns += found if is_warm else []
-        return max(1.0, typical(turns) / typical(alone))
+
+                def both(threads: Sequence[ThreadPoolExecutor] = threads) -> list[float]:
+                    return [thread.submit(once, release_kernel_buffers).result() for thread in threads]
+
+                settling_s = 0.0
+                while settling_s < _SETTLING_S:
+                    settling_s += sum(both())
+                turns += both()
+        return max(1.0, statistics.median(turns) / statistics.median(alone))
 
     def _once(self, way: Way, begin: Callable[[], object] = lambda: None) -> tuple[float, float]:
         """`begin` is called before each pass, when the caches are as they will be."""
@@ -154,6 +160,14 @@ class Stopwatch:
         finally:
             for parameter in way.frozen:
                 parameter.requires_grad_(True)
+
+
+def _repeated(once: Callable[[], float], least_s: float) -> list[float]:
+    """Seconds, twice at least and until they add up to so much."""
+    seconds: list[float] = []
+    while len(seconds) < _NUM_TURNS or (sum(seconds) < least_s and len(seconds) < _MOST_ROUNDS):
+        seconds.append(once())
+    return seconds
 
 
 def typical(seconds: Sequence[float]) -> float:
