@@ -2,15 +2,13 @@
 
 Owns one switch of the process. By default glibc returns blocks of some MiB to the kernel when they are freed, and the
 next step pays for fresh, zeroed pages: `perf step` shows what that costs. Keeping them costs some resident memory
-instead. So it is done from step to step where the budget is ample; else within a step and a bound (`StepHeap`), or not
+instead. So it is done without end where the budget is ample; else from step to step within a bound (`StepHeap`), or not
 at all. The caller decides.
 """
 
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,7 +106,7 @@ def uses_first_heap() -> bool:
 
 
 class StepHeap:
-    """Within a step, freed blocks are kept for the next ones as long as the process stays within a budget.
+    """From step to step, freed blocks are kept for the next ones as long as the process stays within a budget.
 
     Before every part of a step the caller says how much that part allocates at the most, all blocks added up. A heap
     that reuses what it can never grows by more; so where that much fits beside what is resident now, nothing has to be
@@ -118,26 +116,24 @@ class StepHeap:
     Args:
         budget_bytes: of the process's resident set.
         margin_bytes: of it, for what nobody announces.
-        stays_open: freed blocks are kept between steps too.
+        is_ample: freed blocks are kept from the beginning, and when steps are over.
     """
 
-    def __init__(self, budget_bytes: int, margin_bytes: int, stays_open: bool = False) -> None:
+    def __init__(self, budget_bytes: int, margin_bytes: int, is_ample: bool = False) -> None:
         self._most_bytes = budget_bytes - margin_bytes
-        self._stays_open = stays_open
-        self._is_open = stays_open and keep_freed_blocks()
+        self._is_ample = is_ample
+        self._is_open = is_ample and keep_freed_blocks()
         self.num_returns = 0
         """How often blocks had to be given back."""
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Freed blocks are kept meanwhile, and given back at the end unless they stay."""
-        if self._stays_open:
-            yield
-            return
-        self._is_open = keep_freed_blocks()
-        try:
-            yield
-        finally:
+    def begin_step(self) -> None:
+        """Freed blocks are kept from now on: behind the step too, since the next one begins with what this one had."""
+        self._is_open = self._is_open or keep_freed_blocks()
+
+    def end_steps(self) -> None:
+        """Something else than a step comes next, which announces nothing: what is free is given back, and what will be
+        freed too, until the next step."""
+        if self._is_open and not self._is_ample:
             self._is_open = False
             return_blocks_at_once()
             return_freed_blocks()

@@ -6,7 +6,7 @@ data, files or displays.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,12 +114,13 @@ class Engine(PreparedEngine):
             self.state.begin_step()
             self._losses = {}
             # The first step makes the optimizer's slots, and touches buffers for the first time.
-            with self._heap.step() if self._heap is not None and self._has_stepped else nullcontext():
-                self._executor.begin(self._program if self._is_carried else self._program.without_carried())
-                self._recovery.begin()
-                self._run_micro_batches(micro, samples)
-                self.timeline = self._executor.finish()
-                self._recovery.end()
+            if self._heap is not None and self._has_stepped:
+                self._heap.begin_step()
+            self._executor.begin(self._program if self._is_carried else self._program.without_carried())
+            self._recovery.begin()
+            self._run_micro_batches(micro, samples)
+            self.timeline = self._executor.finish()
+            self._recovery.end()
             self._has_stepped = True
             self._is_carried = self._program.num_carried > 0
         except BaseException as error:
@@ -206,6 +207,8 @@ class Engine(PreparedEngine):
         for recomputed in self._recomputed:
             recomputed.remove()
         self._hooks.remove()
+        if self._heap is not None:
+            self._heap.end_steps()
         self._executor.close()
         self._turns.close()
         if self._pipeline is not None:
@@ -276,6 +279,8 @@ class Engine(PreparedEngine):
 
     def _end_last_step(self) -> None:
         """Do what is left of the last step: its writes that were to run into the next one."""
+        if self._heap is not None:
+            self._heap.end_steps()
         self._recover()
         if not self._is_carried:
             return
@@ -316,6 +321,8 @@ class Engine(PreparedEngine):
         running = self._executor.running
         unit = self._hooks.name_of(running.index) if running is not None and running.index is not None else None
         self._hooks.end()
+        if self._heap is not None:
+            self._heap.end_steps()
         self._recovery.fail(self._step, error)
         if self._pipeline is not None:
             self._pipeline.mail.fail(f"{type(error).__name__}: {error}", self._recovery.is_lost)

@@ -170,8 +170,8 @@ def _sums(program: Program, shape: StepShape, gradients: Mapping[int, int], plan
 def _fresh_shares(
     begun: Sequence[tuple[Phase, int]], levels: Levels, growth: Mapping[Phase, int], most_bytes: int
 ) -> dict[Phase, float]:
-    """How much of what each phase makes lies in fresh pages, where a heap keeps freed blocks within `most_bytes`: at
-    first, and behind each time that it had to give them back. The mean over micro-batches.
+    """How much of what each phase makes lies in fresh pages, where a heap keeps freed blocks within `most_bytes`, from
+    step to step: behind each time that it had to give them back. The mean over micro-batches.
 
     Args:
         begun: the phases in their order, with what is held at the begin of each.
@@ -180,9 +180,11 @@ def _fresh_shares(
     place = {phase: position for position, phase in enumerate(levels.order)}
     shares: dict[Phase, list[float]] = {}
     resident = 0
-    for phase, held in begun:
+    for position, (phase, held) in enumerate((*begun, *begun)):  # the first of two steps says what the second one finds
         if (at := place.get(phase)) is None:
             continue
+        if position == len(begun):
+            shares.clear()
         resident = max(resident, held)
         if resident + growth[phase] > most_bytes:
             resident = held

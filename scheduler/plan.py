@@ -195,8 +195,8 @@ class Plan:
         cache_bytes: host memory for parameters whose home is the disk; those used soonest stay in it. At least what
             one unit and the next need is always given.
         device_cache_bytes: likewise device memory for copies of parameters whose home is not the device.
-        keeps_freed: whether the process keeps blocks that units free for those that come after, within a step; they
-            are given back to the kernel where the next unit would not fit beside them.
+        keeps_freed: whether the process keeps blocks that units free for those that come after, also in the next step;
+            they are given back to the kernel where the next unit would not fit beside them.
 
     Raises:
         ValueError: updates inside the backward pass where they wait for the global gradient norm; a home on the device

@@ -1,4 +1,4 @@
-"""Freed blocks are kept: a second use of the same size meets no page fault; within a step, only as far as they fit."""
+"""Freed blocks are kept: a second use of the same size meets no page fault; in tight memory only as far as they fit."""
 
 import subprocess
 import sys
@@ -45,17 +45,21 @@ begin = read_process_memory().resident_bytes
 for spare_mib in (200, 1 << 20):
     heap = StepHeap(begin + spare_mib * MIB, 4 * MIB)
     reset_peak()
-    with heap.step():
-        phases(heap)
-        faults()
-        again = faults()
-    print(peak_host_bytes(0) - begin, heap.num_returns, again, read_process_memory().resident_bytes - begin)
+    heap.begin_step()
+    phases(heap)
+    heap.begin_step()  # what a step has left is there for the next one
+    faults()
+    again = faults()
+    peak_bytes, num_returns = peak_host_bytes(0) - begin, heap.num_returns
+    heap.end_steps()
+    print(peak_bytes, num_returns, again, read_process_memory().resident_bytes - begin)
 heap.make_room(1 << 60)
 spare = read_process_memory().resident_bytes + 200 * MIB
-staying = StepHeap(spare, 4 * MIB, stays_open=True)
+staying = StepHeap(spare, 4 * MIB, is_ample=True)
 reset_peak()
-with staying.step():
-    phases(staying)
+staying.begin_step()
+phases(staying)
+staying.end_steps()
 faults()
 kept = faults()
 print(peak_host_bytes(0) - spare, staying.num_returns, kept)
@@ -86,18 +90,18 @@ def test_blocks_that_were_freed_are_used_again() -> None:
     assert returned_bytes > 60 << 20
 
 
-def test_within_a_step_blocks_are_kept_as_far_as_the_budget_goes() -> None:
+def test_in_steps_blocks_are_kept_as_far_as_the_budget_goes() -> None:
     tight, ample, staying, [num_returns, given_back, after, num_heaps, is_first] = run(_STEP)
     peak_bytes, tight_returns, kept, left_bytes = tight
     assert peak_bytes <= 200 << 20, "twelve phases made 1200 MiB"
     assert tight_returns > 0
     assert kept < given_back / 10
-    assert left_bytes < 8 << 20, "at the end of a step everything is given back"
-    assert ample[1] == num_returns == 0, "nothing had to be given back, and outside of a step nothing is"
+    assert left_bytes < 8 << 20, "when steps are over everything is given back"
+    assert ample[1] == num_returns == 0, "nothing had to be given back, and outside of steps nothing is"
     assert ample[2] < given_back / 10
     assert staying[0] <= 0 < staying[1], "freed blocks that stay are bound too"
-    assert staying[2] < given_back / 10, "behind the step"
-    assert after > 1000, "between steps blocks go back at once"
+    assert staying[2] < given_back / 10, "behind the steps"
+    assert after > 1000, "when steps are over blocks go back at once"
     assert (num_heaps, is_first) == (1, 1)
 
 
@@ -112,6 +116,6 @@ def test_where_freed_blocks_are_kept_all_threads_have_one_heap() -> None:
 def test_where_blocks_cannot_be_kept_nothing_is_asked(monkeypatch) -> None:
     monkeypatch.setattr("outgrow.memory.allocator.keep_freed_blocks", lambda: False)
     heap = StepHeap(1, 0)
-    with heap.step():
-        heap.make_room(1 << 40)
+    heap.begin_step()
+    heap.make_room(1 << 40)
     assert heap.num_returns == 0

@@ -1,6 +1,7 @@
 """Blocks serve again, never while someone looks at them, and never beyond the bound."""
 
 import torch
+
 from outgrow.memory.block_pool import BlockPool
 
 

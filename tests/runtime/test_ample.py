@@ -1,5 +1,6 @@
 """In ample memory freed blocks stay from step to step; what is resident is then held to the budget."""
 
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -41,3 +42,41 @@ def test_a_prediction_says_that_freed_blocks_come_on_top_and_the_budget_holds_th
         assert engine._heap.num_returns == before + 1
     finally:
         engine.close()
+
+
+class Heap:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def begin_step(self) -> None:
+        self.told.append("step")
+
+    def end_steps(self) -> None:
+        self.told.append("end")
+
+    def make_room(self, growth_bytes: int) -> None:
+        assert growth_bytes >= 0
+
+
+def test_freed_blocks_stay_between_steps_and_go_back_before_anything_else() -> None:
+    engine = predicted_engine(4 * read_process_memory().resident_bytes)
+    heap = Heap()
+    try:
+        engine._heap = heap  # pyright: ignore[reportAttributeAccessIssue]
+        engine.step(BATCH)
+        assert heap.told == [], "the first step makes what stays"
+        engine.step(BATCH)
+        engine.step(BATCH)
+        assert heap.told == ["step", "step"]
+        engine.state_dict()
+        assert heap.told.pop() == "end"
+        with engine.gathered():
+            assert heap.told.pop() == "end"
+        with suppress(RuntimeError):
+            engine.step((torch.ones(4, 3), torch.ones(4, 3)))  # of another width
+        assert heap.told == ["step"] * 3 + ["end"]
+    finally:
+        engine.close()
+    assert heap.told.pop() == "end"
