@@ -27,7 +27,17 @@ from ..scheduler.stopwatch import CACHE_BYTES, Stopwatch
 from ..scheduler.trace import InputDtype, Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.unit_times import measure_seconds
-from .probing import PROBE_BYTES, cache_folder, kept_figures, machine_key, measure_net, probe, update_speed, use_memory
+from .probing import (
+    PROBE_BYTES,
+    cache_folder,
+    fault_figures,
+    kept_figures,
+    machine_key,
+    measure_net,
+    probe,
+    update_speed,
+    use_memory,
+)
 
 if TYPE_CHECKING:
     from ..parallel.collectives import Transport
@@ -103,7 +113,11 @@ class Profiler:
         found: tuple[TimeProfile, Hardware] | NotProfiled
         try:
             hardware = _in_turns(lambda: self._machine(room), self.transport)
-            found = self._unit_seconds(trace, part, memory, room, gives_back), hardware
+            times = self._unit_seconds(trace, part, memory, room, gives_back)
+            if gives_back:  # units had page faults: what those took, and not what they took in another hour
+                paged_s, huge_s = fault_figures()
+                hardware = replace(hardware, fault_s_per_byte=paged_s, huge_fault_s_per_byte=huge_s)
+            found = times, hardware
         except NotProfiled as error:
             found = error
         if self.transport is not None:
