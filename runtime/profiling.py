@@ -114,7 +114,7 @@ class Profiler:
         try:
             hardware = _in_turns(lambda: self._machine(room), self.transport)
             times = self._unit_seconds(trace, part, memory, room, gives_back)
-            if gives_back:  # units had page faults: what those took, and not what they took in another hour
+            if gives_back and self._fits_probe(room):  # what units' page faults took, and not those of another hour
                 paged_s, huge_s = fault_figures()
                 hardware = replace(hardware, fault_s_per_byte=paged_s, huge_fault_s_per_byte=huge_s)
             found = times, hardware
@@ -129,17 +129,19 @@ class Profiler:
     def _machine(self, room: int | None) -> Hardware:
         folder = self.folder or cache_folder()
         found = kept_figures(self.disk_folder, folder)
-        if found is None and room is not None and room < PROBE_BYTES:
+        if found is None and not self._fits_probe(room):
             raise NotProfiled(
-                f"measuring this machine takes {PROBE_BYTES >> 20} MiB, and {max(room, 0) >> 20} MiB of the budget are "
+                f"measuring this machine takes {PROBE_BYTES >> 20} MiB, and {max(room or 0, 0) >> 20} MiB of the budget are "
                 "left (it is done once: by `outgrow plan`, or by any run with more memory)"
             )
         try:
             found = found or probe(self.disk_folder, folder=folder)
         except (OSError, OutgrowError) as error:
             raise NotProfiled(f"this machine could not be measured: {error}") from error
-        fits = room is None or room >= PROBE_BYTES
-        return replace(found, update_elems_per_s=update_speed(self.optimizer)) if fits else found
+        return replace(found, update_elems_per_s=update_speed(self.optimizer)) if self._fits_probe(room) else found
+
+    def _fits_probe(self, room: int | None) -> bool:
+        return room is None or room >= PROBE_BYTES
 
     def _unit_seconds(
         self, trace: Trace, part: Any, memory: MemoryProfile | None, room: int | None, gives_back: bool

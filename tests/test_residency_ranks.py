@@ -52,6 +52,26 @@ def odd_batches(rank: int) -> None:
             assert wanted.setdefault("first", found).differ(found) == []
 
 
+def copies_of_two_steps(rank: int) -> None:
+    """Gathered copies of parameters at home on disk are made of the same memory again."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engine_of("gpt", "adamw", folder, offload="all", micro_batches=3, zero=3, predict=True) as engine,
+    ):
+        assert engine.transport is not None
+        pool, made = engine.transport.copies, []
+        for step in range(3):
+            engine.step(part(DROPPING["gpt"].batch(step, 8), rank))
+            made.append(sorted(block.data_ptr() for block in pool._free))
+        assert engine.predicted is not None
+        assert 0 < pool.free_bytes <= pool.limit_bytes == engine.predicted.parts["gathered"]
+        assert set(made[0]) & set(made[-1]), "blocks of the first step serve in the last one"
+
+
+def test_gathered_copies_are_made_of_memory_that_earlier_ones_had() -> None:
+    run_ranks(copies_of_two_steps, 2)
+
+
 def looks_between_steps(rank: int) -> None:
     case = DROPPING["gpt"]
     weights: list[dict[str, torch.Tensor]] = []

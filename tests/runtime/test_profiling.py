@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from outgrow.parallel.units import find_units, named_trainable
-from outgrow.runtime import probing
+from outgrow.runtime import probing, profiling
 from outgrow.runtime.optimizer import PiecewiseOptimizer
 from outgrow.runtime.profiling import NotProfiled, Profiler
 from outgrow.scheduler.memory_profile import measure_memory
@@ -39,7 +39,7 @@ def loss(output: torch.Tensor, _batch: torch.Tensor) -> torch.Tensor:
     return output.square().mean()
 
 
-def measured(folder: Path, left_bytes: int | None, model: nn.Module | None = None):
+def measured(folder: Path, left_bytes: int | None, model: nn.Module | None = None, gives_back: bool = False):
     model = model or Chain()
     units = find_units(model)
 
@@ -50,7 +50,7 @@ def measured(folder: Path, left_bytes: int | None, model: nn.Module | None = Non
     memory = measure_memory(model, units, forward, loss, X)
     optimizer = PiecewiseOptimizer(None, dict(named_trainable(model)))
     profiler = Profiler(model, units, forward, loss, {}, lambda _module: None, optimizer, folder=folder)
-    return profiler.measure(trace, X, memory, left_bytes)
+    return profiler.measure(trace, X, memory, left_bytes, gives_back)
 
 
 def test_all_is_measured_and_kept(tmp_path: Path) -> None:
@@ -69,6 +69,20 @@ def test_without_room_what_was_kept_serves(tmp_path: Path) -> None:
     again = measured(tmp_path, 0)
     assert again.times.units == first.times.units
     assert measured(tmp_path, AMPLE).times.units != first.times.units, "with room it is measured anew"
+
+
+def test_page_faults_are_those_that_units_have_just_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(tmp_path, AMPLE, gives_back=True)
+    monkeypatch.setattr(profiling, "fault_figures", lambda: (0.25, 0.5))
+
+    def faults(left_bytes: int, gives_back: bool) -> tuple[float, float]:
+        hardware = measured(tmp_path, left_bytes, None, gives_back).hardware
+        return hardware.fault_s_per_byte, hardware.huge_fault_s_per_byte
+
+    kept = faults(AMPLE, gives_back=False)
+    assert max(kept) < 0.25, "of the machine, as they were kept"
+    assert faults(AMPLE, gives_back=True) == (0.25, 0.5)
+    assert faults(0, gives_back=True) == kept, "measuring takes memory"
 
 
 def test_another_unit_is_not_taken_for_a_known_one(tmp_path: Path) -> None:
