@@ -131,8 +131,8 @@ class Profiler:
         found = kept_figures(self.disk_folder, folder)
         if found is None and not self._fits_probe(room):
             raise NotProfiled(
-                f"measuring this machine takes {PROBE_BYTES >> 20} MiB, and {max(room or 0, 0) >> 20} MiB of the budget are "
-                "left (it is done once: by `outgrow plan`, or by any run with more memory)"
+                f"measuring this machine takes {PROBE_BYTES >> 20} MiB, and {max(room or 0, 0) >> 20} MiB of the "
+                "budget are left (it is done once: by `outgrow plan`, or by any run with more memory)"
             )
         try:
             found = found or probe(self.disk_folder, folder=folder)
