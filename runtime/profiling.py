@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["NotProfiled", "Profiled", "Profiler"]
 
 _SLACK_BYTES = 16 << 20  # of what measuring takes beside tensors
+_USED_BYTES = 128 << 20  # that fresh blocks of units find used just before
 _TEAMS_BYTES = 32 << 20  # of what kernels' helpers of more threads keep
 
 
@@ -172,9 +173,9 @@ class Profiler:
         if room is not None and memory is not None:
             every = map(needed_bytes, range(len(memory.units) + 1))
             spare_bytes = max(0, room - max((size for size in every if size <= room), default=0))
-            if gives_back:
-                use_memory(room - spare_bytes)  # as the micro-batches and steps before one have done
-        watch = Stopwatch(min(CACHE_BYTES, spare_bytes))
+        used_bytes = min(_USED_BYTES, max(0, spare_bytes - CACHE_BYTES)) if gives_back else 0
+        # As the micro-batches and steps before one have done.
+        watch = Stopwatch(min(CACHE_BYTES, spare_bytes), lambda: use_memory(used_bytes) if used_bytes else None)
         takes_turns = self.takes_turns and spare_bytes >= CACHE_BYTES + _TEAMS_BYTES
         try:
             found = measure_seconds(

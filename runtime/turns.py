@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ..memory.cores import keep_to_own_cores
 from ..memory.errors import LaneTimeout
 from ..parallel.actions import Action
 from .executor import Executor
@@ -66,9 +67,8 @@ class Turns:
         self._awaited = {number: threading.Condition(self._lock) for number in self._numbers}
         self._holder = min(self._numbers)
         self._finished = set()
-        num_threads = torch.get_num_threads()
         threads = self._threads_for(len(bodies))
-        for ended in [threads.submit(self._run_body, *body, num_threads) for body in bodies]:
+        for ended in [threads.submit(self._run_body, *body) for body in bodies]:
             ended.result()
         failure, self._failure = self._failure, None  # the next step begins without it
         if failure is not None:
@@ -83,7 +83,7 @@ class Turns:
     def _threads_for(self, num_bodies: int) -> ThreadPoolExecutor:
         if self._threads is None or self._num_threads < num_bodies:
             self.close()
-            self._threads = ThreadPoolExecutor(num_bodies)
+            self._threads = ThreadPoolExecutor(num_bodies, initializer=_begin, initargs=(torch.get_num_threads(),))
             self._num_threads = num_bodies
         return self._threads
 
@@ -142,11 +142,10 @@ class Turns:
         if following is not None:
             self._leave(me)
 
-    def _run_body(self, number: int, body: Callable[[], None], num_threads: int) -> None:
+    def _run_body(self, number: int, body: Callable[[], None]) -> None:
         threading.current_thread().name = f"micro-batch-{number}"
         self._local.number = number
         self._local.has_begun = False
-        torch.set_num_threads(num_threads)  # torch keeps it for each thread
         try:
             with self._lock:
                 self._awaited[number].wait_for(lambda: self._holder == number or self._failure is not None)
@@ -166,6 +165,12 @@ class Turns:
             with self._lock:
                 self._finished.add(number)
                 self._hand_over(number)
+
+
+def _begin(num_threads: int) -> None:
+    """A thread that is to compute with so many threads."""
+    torch.set_num_threads(num_threads)  # torch keeps it for each thread
+    keep_to_own_cores()
 
 
 class _Ended(BaseException):

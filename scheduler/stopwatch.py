@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..memory.allocator import release_kernel_buffers
+from ..memory.cores import keep_to_own_cores
 
 __all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
 
@@ -26,6 +27,7 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
 _NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least, in three parts
+_STALL = 1.15  # times as long as the usual, from which on a round met something else
 _SETTLING_S = 0.1  # of turns: new threads and their helpers may share a core until the kernel has moved them
 
 
@@ -84,10 +86,12 @@ class Stopwatch:
 
     Args:
         others_bytes: walked over before each pass (`OtherMemory`).
+        prepare: called before the first of several passes.
     """
 
-    def __init__(self, others_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, others_bytes: int = CACHE_BYTES, prepare: Callable[[], object] = lambda: None) -> None:
         self.others = OtherMemory(others_bytes)
+        self._prepare = prepare
 
     def seconds(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
         """What forward and backward of each usually take."""
@@ -101,6 +105,7 @@ class Stopwatch:
         looked at, since a machine changes its speed meanwhile."""
         rounds: list[list[tuple[float, float]]] = []
         is_first, spent_s = True, 0.0
+        self._prepare()
         while not _is_enough(rounds, spent_s / times_as_long):
             found = [self._once(way) for way in ways]
             taken_s = sum(map(sum, found))
@@ -108,7 +113,7 @@ class Stopwatch:
                 rounds.append(found)
                 spent_s += taken_s
             is_first = False
-        return rounds
+        return _without_stalls(rounds)
 
     def in_turns(self, way: Way) -> float:
         """Times as long that both passes take where threads compute in turns, each with helpers of its own and, since a
@@ -118,14 +123,17 @@ class Stopwatch:
         turns: list[float] = []
 
         def once(begin: Callable[[], object] = lambda: None) -> float:
-            torch.set_num_threads(num_threads)  # torch keeps it for each thread
             return sum(self._once(way, begin))
+
+        def begin_thread() -> None:
+            torch.set_num_threads(num_threads)  # torch keeps it for each thread
+            keep_to_own_cores()
 
         once()
         while sum(alone) < _TURNS_S and len(alone) < _MOST_ROUNDS:
             alone += _repeated(once, _TURNS_S / 3)
             with ExitStack() as stack:  # apart from the ones alone, which a second team would slow too
-                threads = [stack.enter_context(ThreadPoolExecutor(1, "turn")) for _ in range(_NUM_TURNS)]
+                threads = [stack.enter_context(ThreadPoolExecutor(1, "turn", begin_thread)) for _ in range(_NUM_TURNS)]
 
                 def both(threads: Sequence[ThreadPoolExecutor] = threads) -> list[float]:
                     return [thread.submit(once, release_kernel_buffers).result() for thread in threads]
@@ -175,6 +183,14 @@ def typical(seconds: Sequence[float]) -> float:
     and slower moments too, which a median would leave out, but not through a stall each time."""
     left_out = max(1, len(seconds) // 5) if len(seconds) > 2 else 0
     return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
+
+
+def _without_stalls(rounds: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+    """Those that took about as long as the faster half: others met what no step meets as often, such as memory that the
+    host of a virtual machine has to find first."""
+    totals = [sum(map(sum, each)) for each in rounds]
+    usual = statistics.median_low(sorted(totals)[: (len(totals) + 1) // 2])
+    return [each for each, total in zip(rounds, totals, strict=True) if total <= _STALL * usual]
 
 
 def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:
