@@ -45,10 +45,10 @@ _DISK_BYTES = 96 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS, _FAULT_ROUNDS = 5, 25
 _PAGED_BYTES, _HUGE_BYTES = 400 << 10, 6 << 20  # of blocks whose page faults are timed
-_USED_ROUNDS, _USED_BYTES = 2, 64 << 20  # of memory that was in use before them
+_USED_ROUNDS, _USED_BYTES = 2, 128 << 20  # of memory that was in use before them
 _ALONE_S = 0.1  # in which a thread computes without an exchange beside it
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
-_METHOD = 5  # of measuring: figures that were taken by another one are not comparable
+_METHOD = 6  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
 PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
