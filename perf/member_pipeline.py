@@ -70,6 +70,7 @@ class PipelineTrainee:
 
 def outgrow(rank: Rank, config: str, schedule: str, micro_batches: int = 8) -> PipelineTrainee:
     """The engine, all ranks one pipeline; stages by measured costs."""
+    rank.keep_to_cores()
     engine = Engine(
         build_gpt(CONFIGS[config]), optimizer=adamw, loss=token_loss, micro_batches=micro_batches,
         pipeline=rank.count, schedule=schedule,

@@ -79,6 +79,7 @@ class PlanMember:
         budget_bytes: int | None,
         predicts: bool,
     ) -> None:
+        rank.keep_to_cores()
         self._rank, exhibit = rank, ZOO[model]
         torch.manual_seed(0)
 
@@ -128,6 +129,7 @@ class SpaceMember:
     alike; in tight memory freed blocks go back at once, whoever shares the state."""
 
     def __init__(self, rank: Rank, model: str, folder: str) -> None:
+        rank.keep_to_cores()
         self._rank, self._model, self._folder = rank, model, folder
 
     def space(self) -> Space:

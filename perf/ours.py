@@ -13,6 +13,7 @@ __all__ = ["outgrow"]
 
 def outgrow(rank: Rank, config: str, data: str = "random", zero: int | None = None) -> Trainee:
     """The engine on the process group that there is, or alone."""
+    rank.keep_to_cores()
     engine = Engine(build_gpt(CONFIGS[config]), optimizer=adamw, loss=token_loss, zero=zero)
 
     def train(inputs: Tensor, targets: Tensor) -> float:

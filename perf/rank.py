@@ -34,6 +34,12 @@ class Rank:
 
             dist.barrier()
 
+    def keep_to_cores(self) -> None:
+        """Keep to the cores of its own, as the runtime's workers do: for contestants that are ours."""
+        from ..memory.cores import keep_process_to_share
+
+        keep_process_to_share(self.index, self.count)
+
 
 def _resolve(builder: str) -> Callable[..., Any]:
     module, _, function = builder.partition(":")

@@ -99,7 +99,8 @@ def machine_key(disk_folder: str | None) -> str:
 
 
 def _machine_name() -> str:
-    return f"{platform.node()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads on {num_cores()} cores"
+    return f"{platform.node()}, {platform.machine()}, {threads}, torch {torch.__version__}"
 
 
 def _figures_path(disk_folder: str | None, folder: Path | None) -> Path:

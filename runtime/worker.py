@@ -17,6 +17,7 @@ from torch import nn
 
 from ..memory.allocator import return_blocks_at_once, return_freed_blocks
 from ..memory.budget import Memory, format_bytes
+from ..memory.cores import keep_process_to_share
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
 from ..scheduler.drift import DriftWatch, busy_seconds
@@ -313,6 +314,8 @@ def train_on_ray(config: Mapping[str, Any]) -> None:
     if not ray.get(monitor.register.remote(place.rank, ray.get_runtime_context().current_actor)):
         raise RankFailed(f"rank {place.rank} did not start: the run was cancelled")
     torch.set_num_threads(config["num_threads"])
+    if not torch.cuda.is_available():  # beside a GPU, what a rank's core does is not what a step waits for
+        keep_process_to_share(context.get_local_rank(), place.num_local)
     sink = MonitorSink(monitor)
     try:
         job: Job = ray.get(config["job"][0])

@@ -76,7 +76,7 @@ class WritesWhere(Callback):
         self.path = path
 
     def on_end(self, engine, step):
-        words = engine.rank, os.getpid(), torch.get_num_threads(), asks_for_huge_pages()
+        words = engine.rank, os.getpid(), torch.get_num_threads(), asks_for_huge_pages(), len(os.sched_getaffinity(0))
         self.path.write_text(" ".join(map(str, words)))
 
 
@@ -112,8 +112,10 @@ def test_two_ranks_train_as_one(tmp_path, shared_ray, capfd):
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
     for name, weight in alone.state_dict().items():
         torch.testing.assert_close(both.state_dict()[name], weight)
-    rank, process, threads, in_huge_pages = place.read_text().split()
+    rank, process, threads, in_huge_pages, cores = place.read_text().split()
     assert (rank, threads, in_huge_pages) == ("0", "1", "True")
+    cores_here = len(os.sched_getaffinity(0))
+    assert int(cores) == (cores_here // 2 if cores_here % 2 == 0 else cores_here), "its share of the cores"
     assert int(process) != os.getpid()
     assert set(both.summary["peak_bytes"]) == set(both.summary["state_bytes"]) == {"0", "1"}
     jsons = {"plan.json", "prediction.json", "result.json", "timeline.json"}
