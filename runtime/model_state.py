@@ -116,9 +116,9 @@ class ModelState:
     # ---- the handlers of a program's actions
 
     def gather(self, action: Action) -> None:
-        chunk = self._chunk(action)
-        chunk.store.gather()
-        self._point_at_full(chunk)
+        (chunk := self._chunk(action)).store.gather()
+        if chunk.store.comes_and_goes:  # else parameters are where they were, and each look at one may wait for a lane
+            self._point_at_full(chunk)
 
     def drop(self, action: Action) -> None:
         chunk = self._chunk(action)
@@ -128,7 +128,7 @@ class ModelState:
         elif action.slot is not None:
             assert self._offloaded is not None
             self._offloaded.drop(chunk, action)
-        else:
+        elif chunk.store.comes_and_goes:
             chunk.store.drop()
             self._point_at_full(chunk)
 
