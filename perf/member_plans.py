@@ -1,14 +1,16 @@
 """The members of the cases `predict` and `choose`: an engine under a given plan, or under the one that it chose itself.
 
-Owns what a plan is called, the space of plans that is measured in full, and how a step is timed. Does not own turns nor
-what is made of the answers.
+Owns what a plan is called, the space of plans that is measured in full, how a step is timed, and foretelling one anew
+beside an engine that runs it. Does not own turns nor what is made of the answers.
 """
 
+import gc
 import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, UpdateTim
 from .rank import Rank
 from .zoo import ZOO
 
-__all__ = ["Outlook", "PlanMember", "Space", "StepOfPlan", "engine", "space"]
+__all__ = ["Forecaster", "Outlook", "PlanMember", "Space", "StepOfPlan", "engine", "forecaster", "space"]
 
 MICRO_BATCHES = 4
 _HOMES = ((Home.HOST, Home.HOST), (Home.HOST, Home.DISK), (Home.DISK, Home.DISK))
@@ -80,37 +82,18 @@ class PlanMember:
         predicts: bool,
     ) -> None:
         rank.keep_to_cores()
-        self._rank, exhibit = rank, ZOO[model]
-        torch.manual_seed(0)
-
-        def batch(step: int) -> tuple[torch.Tensor, ...]:
-            rows = [tensor.chunk(rank.count)[rank.index] for tensor in exhibit.batch(step)]
-            return tuple(rows)
-
-        make = partial(
-            Engine,
-            optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True),
-            loss=exhibit.loss,
-            micro_batches=MICRO_BATCHES,
-            plan=None if plan is None else Plan.from_json(plan),
-            run_name=f"perf-{rank.index}",
-            example=batch(0),
-            predict=predicts,
-        )
         if budget_bytes is not None:
             return_blocks_at_once()  # before anything is built: a heap that has grown does not shrink
-        self._batch = batch
+        self._rank = rank
+        self._batch = partial(_batch, rank, model)
         began_s = time.perf_counter()
-        self._engine = make(exhibit.build(), memory=Memory(host=budget_bytes or "1024GiB", disk=folder))
+        given = _arguments(rank, model, folder, plan, budget_bytes)
+        self._engine = Engine(ZOO[model].build(), run_name=f"perf-{rank.index}", predict=predicts, **given)
         self._plan_s = time.perf_counter() - began_s
 
     def outlook(self) -> Outlook:
         """What the engine said before its first step."""
-        prediction, ledger = self._engine.prediction, self._engine.predicted
-        seconds = None if prediction is None else prediction.seconds
-        peak_bytes = 0 if ledger is None else ledger.peak_bytes
-        words = describe(self._engine.plan)
-        return Outlook(words, seconds, self._engine.prediction_note, peak_bytes, self._plan_s)
+        return _outlook(self._engine, self._plan_s)
 
     def step(self, index: int) -> StepOfPlan:
         """One training step on the batch of that index."""
@@ -122,6 +105,58 @@ class PlanMember:
 
     def close(self) -> None:
         self._engine.close()
+
+
+class Forecaster:
+    """Foretells a plan's step again and again, from units and machine as they are then, and runs none: the process of
+    the engine that runs it is left as it is, and idle meanwhile.
+
+    Args: as of `PlanMember`.
+    """
+
+    def __init__(self, rank: Rank, model: str, folder: str, plan: str, budget_bytes: int | None) -> None:
+        rank.keep_to_cores()
+        if budget_bytes is not None:
+            return_blocks_at_once()
+        self._model = model
+        self._given = _arguments(rank, model, folder, plan, budget_bytes)
+
+    def outlook(self) -> Outlook:
+        """What is said of the plan now. Collective."""
+        from ..runtime.plan_only import PlannedEngine
+
+        gc.collect()  # a model and the hooks on it refer to each other: what the last one had counts as the process's
+        began_s = time.perf_counter()
+        planned = PlannedEngine(ZOO[self._model].build(), predict=True, **self._given)
+        try:
+            return _outlook(planned, time.perf_counter() - began_s)
+        finally:
+            planned.close()
+
+    def close(self) -> None: ...
+
+
+def _batch(rank: Rank, model: str, step: int) -> tuple[torch.Tensor, ...]:
+    """This rank's rows of it."""
+    return tuple(tensor.chunk(rank.count)[rank.index] for tensor in ZOO[model].batch(step))
+
+
+def _arguments(rank: Rank, model: str, folder: str, plan: str | None, budget_bytes: int | None) -> dict[str, Any]:
+    return {
+        "optimizer": partial(torch.optim.AdamW, lr=1e-4, fused=True),
+        "loss": ZOO[model].loss,
+        "micro_batches": MICRO_BATCHES,
+        "plan": None if plan is None else Plan.from_json(plan),
+        "memory": Memory(host=budget_bytes or "1024GiB", disk=folder),
+        "example": _batch(rank, model, 0),
+    }
+
+
+def _outlook(engine: Engine, plan_s: float) -> Outlook:
+    prediction, ledger = engine.prediction, engine.predicted
+    seconds = None if prediction is None else prediction.seconds
+    peak_bytes = 0 if ledger is None else ledger.peak_bytes
+    return Outlook(describe(engine.plan), seconds, engine.prediction_note, peak_bytes, plan_s)
 
 
 class SpaceMember:
@@ -136,20 +171,11 @@ class SpaceMember:
         """All plans, and what each takes. Collective."""
         from ..runtime.plan_only import PlannedEngine
 
-        exhibit = ZOO[self._model]
-        example = tuple(tensor.chunk(self._rank.count)[self._rank.index] for tensor in exhibit.batch(0))
         plans, peaks = [], []
+        given = _arguments(self._rank, self._model, self._folder, None, None)
 
         def look(plan: Plan | None) -> PlannedEngine:
-            return PlannedEngine(
-                exhibit.build(),
-                optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True),
-                loss=exhibit.loss,
-                micro_batches=MICRO_BATCHES,
-                memory=Memory(host="1024GiB", disk=self._folder),
-                plan=plan,
-                example=example,
-            )
+            return PlannedEngine(ZOO[self._model].build(), **given | {"plan": plan})
 
         base = look(None)
         assert base.predicted is not None
@@ -187,6 +213,11 @@ def engine(
 ) -> PlanMember:
     """See `PlanMember`."""
     return PlanMember(rank, model, folder, plan, budget_bytes, predicts)
+
+
+def forecaster(rank: Rank, model: str, folder: str, plan: str, budget_bytes: int | None = None) -> Forecaster:
+    """See `Forecaster`."""
+    return Forecaster(rank, model, folder, plan, budget_bytes)
 
 
 def space(rank: Rank, model: str, folder: str) -> SpaceMember:

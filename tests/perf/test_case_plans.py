@@ -18,8 +18,11 @@ def outlook(seconds: float | None, peak_bytes: int = 100) -> Outlook:
 
 
 def test_errors_of_predictions_are_relative_to_what_was_measured() -> None:
-    tried = [_Tried("gpt", 1, None, outlook(predicted), (1.0, 2.0, 3.0), 95) for predicted in (2.0, 2.2, 1.0, None)]
-    tried.append(_Tried("gpt", 2, 1.3, outlook(2.0), (2.0,), 110))
+    tried = [
+        _Tried("gpt", 1, None, outlook(1.0), foretold, (1.0, 2.0, 4.0), 95)  # by the median of each step's own ratio
+        for foretold in ((1.0, 1.0, 4.0), (1.1, 2.2, 9.0), (0.5, 1.0, 2.0), ())
+    ]
+    tried.append(_Tried("gpt", 2, 1.3, outlook(9.0), (2.0,), (2.0,), 110))
     found = {figure.name: figure for figure in _figures(tried)}
     assert found["plans whose seconds were predicted"].median == 4
     assert found["plans whose seconds were predicted"].is_met is False
