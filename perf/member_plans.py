@@ -175,7 +175,8 @@ class SpaceMember:
         given = _arguments(self._rank, self._model, self._folder, None, None)
 
         def look(plan: Plan | None) -> PlannedEngine:
-            return PlannedEngine(ZOO[self._model].build(), **given | {"plan": plan})
+            given["plan"] = plan
+            return PlannedEngine(ZOO[self._model].build(), **given)
 
         base = look(None)
         assert base.predicted is not None

@@ -36,7 +36,7 @@ __all__ = [
     "machine_key",
     "measure_net",
     "probe",
-    "update_speed",
+    "update_figures",
     "use_memory",
 ]
 
@@ -44,12 +44,13 @@ _ELEMS = 6 << 20  # of a tensor for memory figures: two of 24 MiB are more than 
 _DISK_BYTES = 96 << 20
 _NET_BYTES = (256 << 10, 1 << 20, 8 << 20)
 _ROUNDS, _FAULT_ROUNDS = 5, 25
+_FEW_ELEMS = 64 << 10  # of an update that takes next to nothing beside its call
 _PAGED_BYTES, _HUGE_BYTES = 400 << 10, 6 << 20  # of blocks whose page faults are timed
 _USED_ROUNDS, _USED_BYTES = 2, 128 << 20  # of memory that was in use before them
 _NET_ROUNDS = 24  # of which the eighth at each end is left out
 _ALONE_S = 0.1  # in which a thread computes without an exchange beside it
 _NUM_PRODUCTS = 8  # of 1 GFLOP each, that are timed beside the disk
-_METHOD = 6  # of measuring: figures that were taken by another one are not comparable
+_METHOD = 7  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
 PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
@@ -166,6 +167,8 @@ def _transfers(times: TransferTimes) -> Transfers:
 
 def fault_figures() -> tuple[float, float]:
     """What a page fault takes for each byte, in blocks without and with room for huge pages; as it is now."""
+    for _ in range(_USED_ROUNDS):
+        use_memory(_USED_BYTES)
     huge_s = _fault_seconds(_HUGE_BYTES, asks_for_huge_pages())
     return _fault_seconds(_PAGED_BYTES, asks_for_huge=False), huge_s
 
@@ -182,8 +185,6 @@ def _fault_seconds(num_bytes: int, asks_for_huge: bool) -> float:
     """For each byte of a fresh block, what it takes to get it, to fill it and to give it back more than to fill it
     again, of memory that was used just before: that of the fastest tenth, since the host of a virtual machine may take
     ten times as long to put memory behind a page, for moments that a step may or may not meet."""
-    for _ in range(_USED_ROUNDS):
-        use_memory(_USED_BYTES)
     differences: list[float] = []
     for _ in range(_FAULT_ROUNDS):
         began_s = time.perf_counter()
@@ -271,11 +272,22 @@ def _usual_s(work: Callable[[], object]) -> float:
     return statistics.fmean(sorted(seconds)[_NET_ROUNDS // 8 : -(_NET_ROUNDS // 8)])
 
 
-def update_speed(optimizer: "PiecewiseOptimizer", elems: int = _ELEMS // 2) -> float:
-    """Elements a second that the run's own optimizer updates, its slots in memory."""
-    parameter = torch.nn.Parameter(torch.ones(elems))
-    parameter.grad = torch.ones(elems)
-    return elems / _median_s(optimizer.alone(parameter).step)
+def update_figures(optimizer: "PiecewiseOptimizer", elems: int = _ELEMS // 2) -> tuple[float, float]:
+    """What the run's own optimizer takes for an update of one chunk beside its elements, and how many of those it
+    updates in a second; its slots in memory. Gradients are let go of behind it, as in a step."""
+    points: list[tuple[int, float]] = []
+    for size in (_FEW_ELEMS, max(elems, 2 * _FEW_ELEMS)):
+        parameter = torch.nn.Parameter(torch.ones(size))
+        step = optimizer.alone(parameter).step
+        seconds: list[float] = []
+        for _ in range(_ROUNDS + 1):
+            parameter.grad = torch.ones(size)
+            began_s = time.perf_counter()
+            step()
+            parameter.grad = None
+            seconds.append(time.perf_counter() - began_s)
+        points.append((size, statistics.median(seconds[1:])))  # the first one makes the slots
+    return _fit(points)
 
 
 class _Computing:

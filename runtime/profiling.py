@@ -35,7 +35,7 @@ from .probing import (
     machine_key,
     measure_net,
     probe,
-    update_speed,
+    update_figures,
     use_memory,
 )
 
@@ -139,7 +139,10 @@ class Profiler:
             found = found or probe(self.disk_folder, folder=folder)
         except (OSError, OutgrowError) as error:
             raise NotProfiled(f"this machine could not be measured: {error}") from error
-        return replace(found, update_elems_per_s=update_speed(self.optimizer)) if self._fits_probe(room) else found
+        if not self._fits_probe(room):
+            return found
+        latency_s, elems_per_s = update_figures(self.optimizer)
+        return replace(found, update_latency_s=latency_s, update_elems_per_s=elems_per_s)
 
     def _fits_probe(self, room: int | None) -> bool:
         return room is None or room >= PROBE_BYTES

@@ -117,7 +117,7 @@ class Costs:
             case Kind.GATHER | Kind.REDUCE if c is not None:
                 return self._exchange(kind, c, instruction.num_bytes)
             case Kind.STEP if c is not None:
-                return Work(self.num_elems[c] / self.hardware.update_elems_per_s, {"memory": 1.0, "cores": 1.0})
+                return Work(self._update_s(self.num_elems[c]), {"memory": 1.0, "cores": 1.0})
             case Kind.NORM:
                 return Work(self._norm(), {"memory": 1.0, "cores": 1.0})
             case _:
@@ -193,6 +193,12 @@ class Costs:
             latency_s, bytes_per_s = net.gather_latency_s, net.gather_bytes_per_s
         shares = {"memory": 1.0, "cores": net.cores_share}
         return Work(latency_s + num_bytes / bytes_per_s, shares, {"cores": 1.0})
+
+    def _update_s(self, num_elems: int) -> float:
+        """Of a chunk; in the backward pass one rank looks at its gradients' norm on the way."""
+        looks = self.plan.world_size == 1 and self.plan.update is UpdateTime.BACKWARD
+        norm_s = looks * 4 * num_elems / self.hardware.copy_bytes_per_s
+        return self.hardware.update_latency_s + num_elems / self.hardware.update_elems_per_s + norm_s
 
     def _norm(self) -> float:
         """One look at all gradients, where they were not looked at before; and one more pass where they are clipped."""

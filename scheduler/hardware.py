@@ -113,13 +113,14 @@ class Hardware:
         num_threads: that a rank computes with.
         copy_bytes_per_s: of a copy in memory, counted once.
         sum_bytes_per_s: of adding one tensor to another, counted once.
-        update_elems_per_s: parameters that a fused AdamW updates.
+        update_elems_per_s: parameters that a fused AdamW updates, beside `update_latency_s`.
         action_s: what an action takes beside its work.
         turn_s: what it takes to hand over to another micro-batch's thread.
         fault_s_per_byte: what the kernel takes to give memory that was not there, and to take it back.
         huge_fault_s_per_byte: likewise, of blocks with room for huge pages.
         disk: None where none was measured.
         net: None on one rank.
+        update_latency_s: what an update of a chunk takes beside its elements.
 
     Raises:
         ValueError: a number that is not positive.
@@ -136,9 +137,10 @@ class Hardware:
     huge_fault_s_per_byte: float
     disk: DiskFigures | None = None
     net: NetFigures | None = None
+    update_latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "action_s", "turn_s", "fault_s_per_byte", "huge_fault_s_per_byte")
+        _check_positive(self, "update_latency_s", "action_s", "turn_s", "fault_s_per_byte", "huge_fault_s_per_byte")
 
     def fault_seconds(self, fresh: Fresh) -> float:
         """What fresh pages take."""

@@ -24,7 +24,7 @@ __all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_LEAST_S, _MOST_S = 0.25, 0.6  # of all rounds; where one takes longer, two that agree will do
+_LEAST_S, _MOST_S = 0.2, 0.4  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
 _NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least, in three parts
 _STALL = 1.15  # times as long as the usual, from which on a round met something else
@@ -95,19 +95,23 @@ class Stopwatch:
 
     def seconds(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
         """What forward and backward of each usually take."""
+        rounds = self.rounds(ways)
+        columns = [[each[way] for each in rounds if way < len(each)] for way in range(len(ways))]
         return [
             (typical([forward_s for forward_s, _ in column]), typical([backward_s for _, backward_s in column]))
-            for column in zip(*self.rounds(ways), strict=True)
+            for column in columns
         ]
 
     def rounds(self, ways: Sequence[Way], times_as_long: float = 1.0) -> list[list[tuple[float, float]]]:
-        """Forward and backward seconds of each, in rounds of all, until they have settled: of short ones more are
-        looked at, since a machine changes its speed meanwhile."""
+        """Forward and backward seconds of each, in rounds of all, until the first way has settled: of short ones more
+        are looked at, since a machine changes its speed meanwhile. Where one round takes long, the others have the
+        first way alone: what the other ways take more or less is told by that one."""
         rounds: list[list[tuple[float, float]]] = []
         is_first, spent_s = True, 0.0
         self._prepare()
         while not _is_enough(rounds, spent_s / times_as_long):
-            found = [self._once(way) for way in ways]
+            is_long = bool(rounds) and sum(map(sum, rounds[0])) > _SHORT_S
+            found = [self._once(way) for way in (ways[:1] if is_long else ways)]
             taken_s = sum(map(sum, found))
             if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up
                 rounds.append(found)
@@ -186,11 +190,12 @@ def typical(seconds: Sequence[float]) -> float:
 
 
 def _without_stalls(rounds: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
-    """Those that took about as long as the faster half: others met what no step meets as often, such as memory that the
-    host of a virtual machine has to find first."""
-    totals = [sum(map(sum, each)) for each in rounds]
+    """Those whose first way took about as long as in the faster half: others met what no step meets as often, such as
+    memory that the host of a virtual machine has to find first. A round of all ways stays where the others have one."""
+    totals = [sum(each[0]) for each in rounds]
     usual = statistics.median_low(sorted(totals)[: (len(totals) + 1) // 2])
-    return [each for each, total in zip(rounds, totals, strict=True) if total <= _STALL * usual]
+    most_s, num_ways = _STALL * usual, len(rounds[-1])
+    return [each for each, total in zip(rounds, totals, strict=True) if total <= most_s or len(each) > num_ways]
 
 
 def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) -> bool:
@@ -199,7 +204,7 @@ def _is_enough(rounds: Sequence[Sequence[tuple[float, float]]], spent_s: float) 
         return True
     if count < _LEAST_ROUNDS - is_long or spent_s < _LEAST_S:
         return False
-    return all(_is_settled([sum(pair) for pair in column]) for column in zip(*rounds, strict=True))
+    return _is_settled([sum(each[0]) for each in rounds])
 
 
 def _is_settled(seconds: Sequence[float]) -> bool:

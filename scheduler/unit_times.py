@@ -190,14 +190,15 @@ def _time_unit(alone: _Alone, watch: Stopwatch, times_as_long: float = 1.0) -> U
     if inputs and alone.has_backward:
         ways += [Way(whole.run, whole.given, inputs, weights), Way(selectively, whole.given, inputs, weights)]
     rounds = watch.rounds(ways, times_as_long)
-    forward_s, backward_s = (typical([whole[part] for whole, *_ in rounds]) for part in (0, 1))
+    forward_s, backward_s = (typical([each[0][part] for each in rounds]) for part in (0, 1))
     again_s = forward_s if alone.has_backward else 0.0
     if len(ways) == 1:
         return UnitSeconds(forward_s, backward_s, backward_s, again_s)
     # Of differences, those within a round: the machine was as fast in both parts.
-    weight_s = typical([whole[1] - kept[1] for whole, kept, _ in rounds])
+    of_all = [each for each in rounds if len(each) == len(ways)]
+    weight_s = typical([whole[1] - kept[1] for whole, kept, _ in of_all])
     # What a selective recompute adds: a pass under it less one that keeps everything.
-    selective_s = typical([sum(selective) - sum(kept) for _, kept, selective in rounds])
+    selective_s = typical([sum(selective) - sum(kept) for _, kept, selective in of_all])
     return UnitSeconds(
         forward_s, backward_s, min(max(0.0, weight_s), backward_s), again_s, min(max(0.0, selective_s), again_s)
     )

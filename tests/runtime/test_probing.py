@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ranks import run_ranks
 
 from outgrow.parallel.collectives import Transport, open_transport
 from outgrow.runtime import probing
+from outgrow.runtime.optimizer import PiecewiseOptimizer
 from outgrow.runtime.probing import cache_folder, probe
 from outgrow.scheduler.hardware import Hardware
 
@@ -67,6 +69,16 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch,
     assert cache_folder() == tmp_path / "outgrow"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "outgrow"
+
+
+def test_updates_have_a_call_and_elements() -> None:
+    module = torch.nn.Linear(4, 4)
+    optimizer = PiecewiseOptimizer(partial(torch.optim.AdamW, lr=0.1), dict(module.named_parameters()))
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    latency_s, elems_per_s = probing.update_figures(optimizer, 1 << 18)
+    assert latency_s >= 0
+    assert elems_per_s > 0
+    assert all(torch.equal(parameter, value) for parameter, value in zip(module.parameters(), before, strict=True))
 
 
 def test_latency_and_bandwidth_are_fitted() -> None:

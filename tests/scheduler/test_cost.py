@@ -9,7 +9,7 @@ from outgrow.parallel.actions import Action
 from outgrow.scheduler.cost import Costs, TimeProfile, UnitSeconds
 from outgrow.scheduler.hardware import DiskFigures, Hardware, NetFigures, Transfers
 from outgrow.scheduler.passes import compile_program
-from outgrow.scheduler.plan import Activations, MicroBatchOrder, Plan
+from outgrow.scheduler.plan import Activations, MicroBatchOrder, Plan, UpdateTime
 from outgrow.scheduler.program import Instruction, Lane, Program
 from outgrow.scheduler.simulate import simulate
 
@@ -80,6 +80,19 @@ def test_the_disk() -> None:
     assert seconds("WRITE c0:param", lane=Lane.WRITE, num_bytes=PAGE) == 0.125 + 0.5
     assert seconds("SAVE a0.0", lane=Lane.WRITE, num_bytes=PAGE) == 0.25 + 1.0, "with its copy"
     assert seconds("LOAD a0.0", lane=Lane.READ, num_bytes=PAGE) == 0.125 + 0.25
+
+
+def test_an_update_has_a_call_its_elements_and_in_the_backward_pass_a_norm() -> None:
+    after, backward = (replace(plan_of(TWO), update=time) for time in (UpdateTime.AFTER, UpdateTime.BACKWARD))
+    calls = replace(MACHINE, update_latency_s=0.5)
+
+    def of(plan: Plan) -> float:
+        costs = Costs(TWO, plan, PROFILE, calls, (2048, 1024))
+        return costs(Instruction(Action.parse("STEP c0"), Lane.COMPUTE)).seconds
+
+    assert of(after) == 0.5 + 2048 / 1024
+    assert of(backward) == 0.5 + 2048 / 1024 + 4 * 2048 / (16 * PAGE)
+    assert of(replace(plan_of(TWO, ranks=2), update=UpdateTime.BACKWARD)) == 0.5 + 2.0, "sums know theirs"
 
 
 def test_exchange_updates_and_the_norm() -> None:

@@ -22,7 +22,8 @@ def test_the_typical_of_some_seconds() -> None:
     assert typical([1.0, 2.0, 3.0, 5.0, 90.0]) == pytest.approx(10 / 3), "slower moments are not"
 
 
-def test_both_passes_of_every_way_are_timed_with_new_gradients() -> None:
+def test_both_passes_of_every_way_are_timed_with_new_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "_SHORT_S", 1e9)  # however slow the machine is
     module, whole = layer()
     weights = list(module.parameters())
     inputs_only = Way(whole.run, whole.given, whole.given, weights)
@@ -64,11 +65,33 @@ def test_what_has_no_backward_takes_none() -> None:
 def test_rounds_end_when_they_have_settled() -> None:
     steady, restless = [[(0.05, 0.05)]] * 3, [[(0.01 * 3**n, 0.0)] for n in range(4)]
     assert stopwatch._is_enough(steady, 0.3)
-    assert not stopwatch._is_enough(steady, 0.2), "too short to be sure"
+    assert not stopwatch._is_enough(steady, 0.15), "too short to be sure"
     assert not stopwatch._is_enough(steady[:2], 0.3)
-    assert not stopwatch._is_enough(restless, 0.4)
+    assert not stopwatch._is_enough(restless, 0.3)
     assert stopwatch._is_enough(restless, 0.9), "they never will"
     assert stopwatch._is_enough([[(0.0, 0.0)]] * 30, 0.0)
+
+
+def test_long_rounds_have_the_other_ways_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, way = layer()
+    seen: list[str] = []
+
+    def named(name: str) -> Way:
+        return Way(lambda: seen.append(name) or way.run(), way.given, way.trained)
+
+    monkeypatch.setattr(stopwatch, "_SHORT_S", 0.0)
+    monkeypatch.setattr(stopwatch, "_is_enough", lambda rounds, spent_s: len(rounds) == 4)
+    rounds = Stopwatch(4).rounds([named("whole"), named("kept")])
+    assert seen == ["whole", "kept", "whole", "whole", "whole"]
+    assert len(rounds[0]) == 2, "whatever it took"
+    assert {len(each) for each in rounds[1:]} <= {1}
+
+
+def test_rounds_that_stalled_are_left_out() -> None:
+    short = [[(1.0, 1.0), (9.0, 0.0)], [(2.0, 1.0), (1.0, 0.0)], [(1.0, 1.1), (1.0, 0.0)]]
+    assert stopwatch._without_stalls(short) == [short[0], short[2]], "by the first way"
+    long = [[(9.0, 1.0), (9.0, 1.0)], [(1.0, 1.0)], [(1.1, 1.0)]]
+    assert stopwatch._without_stalls(long) == long, "the only one of all ways"
 
 
 def test_turns_are_taken_in_threads_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
