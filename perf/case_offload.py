@@ -7,7 +7,8 @@ Owns who runs against whom, the targets, and the check that all of them do the s
 - *input/output-bound* (batch 1x64): the least time that the step can take (`bound.py`) over what it took, round by
   round. Compute is what the in-memory engine takes at the same batch; bandwidths are those of the disk lanes, in the
   same round and folder, with the same block size and depth. The *shared* bound also takes what the disk moves when it
-  reads and writes at the same time.
+  reads and writes at the same time: on a disk that serves one request at a time, no step comes nearer to the bound than
+  the ratio of the two.
 - *against DeepSpeed* (where it is installed): its ZeRO-3 with parameters and optimizer on NVMe, against everything on
   disk in a quarter of what it takes, both at batch 8x256.
 - *within budget*: 8 micro-batches of 1x256 in a memory cgroup whose limit is the budget, the worker process included.
@@ -159,6 +160,13 @@ def _disk_bound(config: str, folder: str, options: Options, say: Callable[[str],
             "ratio",
             paired_ratios([seconds for seconds, _ in shared], measured),
             note=f"bound {shared[-1][0]:.2f} s by {shared[-1][1]}, in the last round",
+        ),
+        Figure(
+            section,
+            "bound / shared bound",
+            "ratio",
+            paired_ratios([seconds for seconds, _ in bounds], [seconds for seconds, _ in shared]),
+            note="the most that any step of these bytes can reach of the bound on this disk",
         ),
         _reads(section, turns["on disk"]),
         _agreement(section, losses),

@@ -291,10 +291,7 @@ class FirstBatch(ABC):
         assert self._program is not None
         if self.plan.keeps_freed:
             assert self.predicted is not None
-            # No more than was predicted; in ample memory, where blocks stay, no more than there is.
-            most_bytes = self.memory.host_bytes if self._freed_stay else self.predicted.peak_bytes
-            assert most_bytes is not None
-            self._heap = StepHeap(most_bytes, RESERVE_BYTES // 2, self._freed_stay)
+            self._heap = StepHeap(self.predicted.peak_bytes, RESERVE_BYTES // 2, self._freed_stay)
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)

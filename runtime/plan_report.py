@@ -91,8 +91,7 @@ def _headline(tier: TierPrediction) -> str:
     budget = "" if tier.budget_bytes is None else f" of {format_bytes(tier.budget_bytes)}"
     parts = sorted(tier.parts.items(), key=lambda part: -part[1])
     words = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts if size)
-    stays = "" if tier.is_bound else "; freed blocks that stay come on top"
-    return f"{tier.tier} memory: {format_bytes(tier.peak_bytes)}{budget} at most, in {tier.where}: {words}{stays}"
+    return f"{tier.tier} memory: {format_bytes(tier.peak_bytes)}{budget} at most, in {tier.where}: {words}"
 
 
 def _lanes(prediction: Prediction) -> Table:

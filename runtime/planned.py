@@ -26,8 +26,7 @@ class Planned:
         device: likewise the device's, where it has memory of its own.
         prediction: of a step's seconds; None where they were not measured.
         note: why they were not, where they were to be.
-        is_ample: whether freed blocks stay from step to step, as far as the budget goes; what is resident is then not
-            held to what was predicted.
+        is_ample: whether freed blocks stay from step to step from the beginning, and when steps are over.
     """
 
     plan: Plan

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["Planner"]
 
 _AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
+_STAYS = 0.08  # of what a step needs at the most: freed blocks that may stay on top of it, in ample memory
 _LOG = logging.getLogger(__name__)
 
 
@@ -149,6 +150,7 @@ class _Planning:
                 note = self._measure_seconds(plan, open_, gives_back=False) if predicts else ""
                 with self._clock("searching"):
                     found, fates = self._among_ample(found, open_)
+                found = replace(found, ledger=found.ledger.with_freed(int(_STAYS * found.ledger.peak_bytes)))
                 return self._planned(_Decided(plan, open_, found, fates, note), explores, is_ample)
         return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
         return self._planned(self._tight(plan, open_, predicts), explores)
@@ -170,7 +172,7 @@ class _Planning:
         verify(found.program, shape, found.plan)
         prediction = None
         if self.profiled is not None:
-            prediction = self._prediction(found, shape, decided.fates, is_bound=not is_ample)
+            prediction = self._prediction(found, shape, decided.fates)
             if explores and decided.open_.is_any:
                 with self._clock("asking what more would buy"):
                     what_if = tuple(self._what_if(decided.plan, decided.open_, prediction.seconds))
@@ -222,12 +224,12 @@ class _Planning:
         kept = replace(plan, keeps_freed=True), replace(open_, order=open_.order and one_heap)
         return [kept, (plan, open_)]
 
-    def _prediction(self, found: Assessment, shape: StepShape, fates: Sequence[Fate], is_bound: bool) -> Prediction:
+    def _prediction(self, found: Assessment, shape: StepShape, fates: Sequence[Fate]) -> Prediction:
         ledgers, budgets = {"host": found.ledger}, {"host": self.budgets.host}
         if found.device is not None:
             ledgers["device"] = found.device
             budgets["device"] = self.budgets.device or 0
-        return Prediction.of(found.program, shape, self.simulated(found), ledgers, budgets, fates, is_bound)
+        return Prediction.of(found.program, shape, self.simulated(found), ledgers, budgets, fates)
 
     def _what_if(self, plan: Plan, open_: Open, seconds: float) -> Iterator[Fate]:
         """The plans that there would be with more: of memory, or of the disk's bandwidth."""

@@ -80,17 +80,12 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Overrun:
-    """A tier that held more than its prediction.
-
-    Attributes:
-        budget_bytes: that it is held to, where freed blocks stay; None: it is held to the prediction.
-    """
+    """A tier that held more than its prediction."""
 
     step: int
     tier: str
     predicted_bytes: int
     measured_bytes: int
-    budget_bytes: int | None = None
 
     @property
     def place(self) -> str:
@@ -100,14 +95,11 @@ class Overrun:
     @property
     def words(self) -> str:
         """In one sentence."""
-        words = (
+        return (
             f"in step {self.step} the {self.tier} held {format_bytes(self.measured_bytes)}, and "
-            f"{format_bytes(self.predicted_bytes)} were predicted to be the most: "
+            f"{format_bytes(self.predicted_bytes)} were predicted to be the most: what this project counts is not all "
+            "that the process holds"
         )
-        if self.budget_bytes is not None and self.measured_bytes <= self.budget_bytes:
-            budget = format_bytes(self.budget_bytes)
-            return f"{words}freed blocks that stay come on top, within the budget of {budget}"
-        return f"{words}what this project counts is not all that the process holds"
 
 
 class DriftWatch:
@@ -130,8 +122,7 @@ class DriftWatch:
             held = peak_bytes.get(tier.tier, 0)
             if held > tier.peak_bytes and tier.tier not in self._said:
                 self._said.add(tier.tier)
-                budget = None if tier.is_bound else tier.budget_bytes
-                found.append(Overrun(step, tier.tier, tier.peak_bytes, held, budget))
+                found.append(Overrun(step, tier.tier, tier.peak_bytes, held))
         if self._is_first:  # it warms things up
             self._is_first = False
             return found

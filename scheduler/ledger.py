@@ -69,6 +69,10 @@ class Ledger:
     growth_bytes: Mapping[Phase, int] = field(default_factory=dict)
     fresh_shares: Mapping[Phase, float] = field(default_factory=dict)
 
+    def with_freed(self, num_bytes: int) -> "Ledger":
+        """So many bytes of freed blocks may stay on top: what fits into holes between those in use, and beside them."""
+        return replace(self, peak_bytes=self.peak_bytes + num_bytes, parts=self.parts | {"freed blocks": num_bytes})
+
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
     """Walk the compute lane in its order: everything that host memory holds is bound to it. Activations count where

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # whoever reads a prediction needs no torch for it
 
 __all__ = ["Fate", "Prediction", "TierPrediction", "spans_by_position"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,11 @@ class TierPrediction:
 
     Attributes:
         tier: "host" or "device".
-        peak_bytes: at the fullest moment; where the tier is bound, the real peak must not be above it.
+        peak_bytes: at the fullest moment; the real peak must not be above it.
         budget_bytes: what there is; None where nothing limits it.
         levels: (second, bytes): so much is held from then on until the next one, in order of time; the first is at 0.
         where: the action of the fullest moment.
         parts: what the bytes of that moment are for.
-        is_bound: whether what is resident is held to that; else freed blocks stay, as in ample memory, and come on top.
 
     Raises:
         ValueError: levels out of order, or above the peak.
@@ -61,7 +60,6 @@ class TierPrediction:
     levels: tuple[tuple[float, int], ...]
     where: str = ""
     parts: dict[str, int] = field(default_factory=dict)
-    is_bound: bool = True
 
     def __post_init__(self) -> None:
         seconds = [second for second, _ in self.levels]
@@ -103,7 +101,6 @@ class Prediction:
         ledgers: "Mapping[str, Ledger]",
         budgets_bytes: Mapping[str, int],
         fates: Sequence[Fate] = (),
-        is_bound: bool = True,
     ) -> "Prediction":
         """Put together what is known of a plan.
 
@@ -113,7 +110,6 @@ class Prediction:
             ledgers: tier -> its bytes. The ledger's bytes of an action hold from the action's simulated begin until the
                 next action that the ledger adds up: what it says of actions is placed in time, nothing is added.
             budgets_bytes: tier -> what there is; a tier may be missing.
-            is_bound: as in `TierPrediction`.
         """
         spans = spans_by_position(program, simulated.timeline)
         tiers = tuple(
@@ -124,7 +120,6 @@ class Prediction:
                 _levels(ledger, spans),
                 ledger.where,
                 dict(ledger.parts),
-                is_bound,
             )
             for tier, ledger in ledgers.items()
         )

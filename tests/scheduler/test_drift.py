@@ -121,18 +121,6 @@ def test_bytes_above_the_prediction_are_reported_at_once_and_once() -> None:
     assert DriftWatch(PREDICTION).note(1, timeline(), {"host": 2 * GIB}) != [], "also in the first step"
 
 
-@pytest.mark.parametrize(
-    ("held", "cause"),
-    [(2 * GIB, "freed blocks that stay come on top, within the budget of 2.00 GiB"), (3 * GIB, "not all that the")],
-)
-def test_where_freed_blocks_stay_they_are_named_as_long_as_the_budget_holds(held: int, cause: str) -> None:
-    tier = TierPrediction("host", GIB, 2 * GIB, ((0.0, GIB),), is_bound=False)
-    (overrun,) = DriftWatch(Prediction(timeline(), {}, (tier,), ("u0",))).note(1, timeline(), {"host": held})
-    assert overrun == Overrun(1, "host", GIB, held, 2 * GIB)
-    assert "1.00 GiB were predicted to be the most" in overrun.words
-    assert cause in overrun.words
-
-
 def test_what_is_remembered_is_bounded() -> None:
     watch = DriftWatch(PREDICTION)
     for number in range(1, 500):

@@ -87,8 +87,8 @@ def test_the_text_of_any_prediction_gives_the_same_one_back(seed: int) -> None:
 def test_other_texts_are_refused() -> None:
     text = small({"host": 64})[0].to_json()
     fields = json.loads(text)
-    with pytest.raises(ValueError, match=r"version 2, and only version 1 can be read: use the version"):
-        Prediction.from_json(json.dumps(fields | {"version": 2}))
+    with pytest.raises(ValueError, match=r"version 1, and only version 2 can be read: use the version"):
+        Prediction.from_json(json.dumps(fields | {"version": 1}))
     with pytest.raises(ValueError, match="version None"):
         Prediction.from_json("{}")
     with pytest.raises(ValueError, match="this is no prediction: Expecting"):
