@@ -16,6 +16,7 @@ import torch
 
 from ..memory.allocator import return_blocks_at_once
 from ..memory.budget import Memory
+from ..memory.process import read_process_memory
 from ..runtime.engine import Engine
 from ..scheduler.assessment import describe, offloaded
 from ..scheduler.plan import Activations, Home, MicroBatchOrder, Plan, UpdateTime
@@ -49,7 +50,8 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class StepOfPlan:
-    """One step: seconds and the greatest resident set in it, less the pages that are other ranks'."""
+    """One step: seconds, and the greatest resident set in it, with all pages that other ranks look at too: a prediction
+    counts every page that a rank touches, as the kernel counts it where each rank has a limit of its own."""
 
     seconds: float
     peak_bytes: int
@@ -100,8 +102,8 @@ class PlanMember:
         batch = self._batch(index)
         self._rank.barrier()
         began_s = time.perf_counter()
-        result = self._engine.step(batch)
-        return StepOfPlan(time.perf_counter() - began_s, result.peak_bytes["host"])
+        self._engine.step(batch)
+        return StepOfPlan(time.perf_counter() - began_s, read_process_memory().peak_bytes)
 
     def close(self) -> None:
         self._engine.close()
