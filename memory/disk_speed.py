@@ -20,7 +20,7 @@ from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
-_ROUNDS = 4
+_ROUNDS = 3
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
@@ -208,11 +208,10 @@ class _Kind:
     def times(self) -> TransferTimes:
         alone_s, beside_s = ([statistics.median(found) for found in each] for each in (self._alone, self._beside))
         sizes = (len(buffer.view) for _, buffer in self._pairs)
-        middle = sorted(self._slowdowns)[_ROUNDS // 4 : _ROUNDS - _ROUNDS // 4]
         return TransferTimes(
             tuple(zip(sizes, alone_s, strict=True)),
             max(1.0, sum(beside_s) / sum(alone_s)),
-            max(1.0, statistics.fmean(middle)),
+            max(1.0, statistics.median(self._slowdowns)),
         )
 
 

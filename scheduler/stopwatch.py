@@ -23,6 +23,7 @@ from ..memory.cores import keep_to_own_cores
 __all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
+_LONG_S = 0.15  # rounds that take more have the other ways once
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LEAST_S, _MOST_S = 0.2, 0.4  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
@@ -110,7 +111,7 @@ class Stopwatch:
         is_first, spent_s = True, 0.0
         self._prepare()
         while not _is_enough(rounds, spent_s / times_as_long):
-            is_long = bool(rounds) and sum(map(sum, rounds[0])) > _SHORT_S
+            is_long = bool(rounds) and sum(map(sum, rounds[0])) > _LONG_S
             found = [self._once(way) for way in (ways[:1] if is_long else ways)]
             taken_s = sum(map(sum, found))
             if not is_first or taken_s > _SHORT_S:  # the first one pays for what libraries set up

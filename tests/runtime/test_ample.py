@@ -33,7 +33,7 @@ def test_a_prediction_counts_the_freed_blocks_that_stay_and_they_are_held_to_it(
         assert tier.budget_bytes == budget
         assert tier.peak_bytes < budget
         assert sum(tier.parts.values()) == tier.peak_bytes
-        assert 0.05 < tier.parts["freed blocks"] / tier.peak_bytes < 0.1
+        assert 0.08 < tier.parts["freed blocks"] / tier.peak_bytes < 0.1
         assert engine.plan.keeps_freed
         engine.step(BATCH)
         assert engine._heap is not None

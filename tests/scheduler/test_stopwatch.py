@@ -23,7 +23,7 @@ def test_the_typical_of_some_seconds() -> None:
 
 
 def test_both_passes_of_every_way_are_timed_with_new_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "_SHORT_S", 1e9)  # however slow the machine is
+    monkeypatch.setattr(stopwatch, "_LONG_S", 1e9)  # however slow the machine is
     module, whole = layer()
     weights = list(module.parameters())
     inputs_only = Way(whole.run, whole.given, whole.given, weights)
@@ -80,6 +80,7 @@ def test_long_rounds_have_the_other_ways_once(monkeypatch: pytest.MonkeyPatch) -
         return Way(lambda: seen.append(name) or way.run(), way.given, way.trained)
 
     monkeypatch.setattr(stopwatch, "_SHORT_S", 0.0)
+    monkeypatch.setattr(stopwatch, "_LONG_S", 0.0)
     monkeypatch.setattr(stopwatch, "_is_enough", lambda rounds, spent_s: len(rounds) == 4)
     rounds = Stopwatch(4).rounds([named("whole"), named("kept")])
     assert seen == ["whole", "kept", "whole", "whole", "whole"]
