@@ -13,7 +13,7 @@ RUNTIME := tests/runtime
 OTHERS := $(filter-out tests/runtime/,$(sort $(dir $(wildcard tests/*/test_*.py))))
 PARTS := RAY WHOLE RANKS OTHERS RUNTIME
 
-.PHONY: setup demo test lint format clean $(PARTS)
+.PHONY: setup peers demo test lint format clean $(PARTS)
 
 setup: $(STAMP)
 
@@ -21,6 +21,21 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+# Optional: DeepSpeed, for the benchmarks that run against it. pip is held to the very build of torch that is installed.
+# What DeepSpeed compiles at its first use is compiled here (minutes), where no limit on memory holds it up.
+DEEPSPEED_PARTS := AsyncIOBuilder, CPUAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
+
+peers: setup
+	@command -v $(CXX) >/dev/null || \
+	  { echo 'make peers: DeepSpeed needs a C++ compiler, and there is no $(CXX): e.g. apt-get install g++' >&2; exit 1; }
+	@printf '#include <libaio.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 || \
+	  { echo 'make peers: DeepSpeed needs the header libaio.h: e.g. apt-get install libaio-dev' >&2; exit 1; }
+	$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/.torch-installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -c .venv/.torch-installed -e '.[peers]'
+	rm -f .venv/torch_extensions/*/lock  # of a build that was broken off: the next one would wait for it
+	$(PY) -c 'from outgrow.perf.peers import load_deepspeed; load_deepspeed(0); \
+	  from deepspeed.ops.op_builder import $(DEEPSPEED_PARTS); [part().load() for part in ($(DEEPSPEED_PARTS))]'
 
 demo: setup
 	$(PY) -m outgrow.runtime.cli demo

@@ -7,8 +7,11 @@ prints it does. Nothing is tuned for a peer, nothing held back from one.
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,9 @@ from .members import Trainee
 from .models import CONFIGS, Batches, build_gpt, library_text, random_batches, text_batches, token_loss
 from .rank import Rank
 
-__all__ = ["adamw", "batches_of", "ddp", "deepspeed", "fsdp2", "plain"]
+__all__ = ["EXTENSIONS", "adamw", "batches_of", "ddp", "deepspeed", "fsdp2", "load_deepspeed", "plain"]
+
+EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 
 adamw = partial(torch.optim.AdamW, lr=3e-4, weight_decay=0.01, fused=True)
 
@@ -80,15 +85,22 @@ def fsdp2(rank: Rank, config: str, data: str = "random", reshard_after_forward: 
     return _trainee(rank, config, data, model, adamw(model.parameters()))
 
 
+def load_deepspeed(rank_index: int) -> Any:
+    """The library, with what it wants of a launcher: the rank's number, `ninja` from beside this Python, and its
+    compiled parts where `make peers` put them (without them it compiles them now, which takes minutes)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+    os.environ.setdefault("LOCAL_RANK", str(rank_index))
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    return import_module("deepspeed")
+
+
 def deepspeed(rank: Rank, config: str, data: str = "random", stage: int = 3, nvme_folder: str | None = None) -> Trainee:
     """DeepSpeed ZeRO on CPU with torch's fused AdamW; its default of clipping gradients at 1.0 is switched off.
 
     With `nvme_folder`, parameters and optimizer lie there. It keeps such parameters in bfloat16 without being asked to.
     """
-    from importlib import import_module
-
-    library: Any = import_module("deepspeed")
-    os.environ.setdefault("LOCAL_RANK", str(rank.index))  # it wants a launcher's
+    library = load_deepspeed(rank.index)
     model = build_gpt(CONFIGS[config])
     if rank.count > 1:
         library.init_distributed("gloo")
