@@ -1,6 +1,7 @@
 """The case `scale`: a GPT far larger than memory, trained within a budget that the kernel enforces.
 
-Owns the sizes, the bound that the steps are held against, and the search for the largest model.
+Owns the sizes and the bound that the steps are held against. It does not own the search for the largest model, with
+which `--largest` replaces all this (`case_largest.py`).
 
 The model is a GPT 3072 wide. It is built by its own function, which allocates nothing, and filled unit by unit into the
 disk tier (`confined_work.py`), in a memory cgroup whose limit is the budget. The bound is that of `bound.py`. Compute
@@ -16,12 +17,13 @@ from ..memory.budget import parse_bytes
 from ..memory.errors import OutgrowError
 from .bound import Bandwidth, Moved, least_seconds, least_seconds_shared, line_through
 from .case_disk import disk_folder
+from .case_largest import search
 from .cgroup import CgroupUnavailable
 from .confined import Job, Outcome, run_confined
 from .figures import Figure, Target
 from .suite import Findings, Options
 
-__all__ = ["largest_count", "run"]
+__all__ = ["run"]
 
 _MIB = 1 << 20
 _BUDGET = "8GiB"
@@ -47,7 +49,7 @@ def run(options: Options, say: Callable[[str], None]) -> Findings:
         job = Job("engine", model, options.num_rounds, budget_bytes=budget_bytes, folder=folder)
         try:
             if options.largest:
-                return _search(job, lambda blocks: GPTConfig(**{**model, "num_blocks": blocks}).num_parameters, say)
+                return search(job, say)
             return _train(job, GPTConfig(**model).num_parameters, say)
         except CgroupUnavailable as error:
             return Findings((Figure(config, "within budget", "s", (), note=f"not measured: {error}"),))
@@ -99,7 +101,7 @@ def _train(job: Job, num_parameters: int, say: Callable[[str], None]) -> Finding
             ),
             Figure(
                 section, "peak / budget", "ratio", (peak_bytes / job.budget_bytes,), Target(high=1.0),
-                note=_peaks(outcome),
+                note=outcome.peaks,
             ),
         ),
         ("1 rank of 2 threads, float32, AdamW; the group counts the page cache of the process too.",),
@@ -124,61 +126,3 @@ def _compute_seconds(job: Job, say: Callable[[str], None]) -> float:
 
 def _busy(outcome: Outcome) -> str:
     return "busy in the last: " + ", ".join(f"{lane} {seconds:.1f} s" for lane, seconds in outcome.busy_s)
-
-
-def _peaks(outcome: Outcome) -> str:
-    words = [f"VmHWM {outcome.resident_peak_bytes / _MIB:,.0f} MiB"]
-    if outcome.group_peak_bytes is not None:
-        words.append(f"cgroup {outcome.group_peak_bytes / _MIB:,.0f} MiB")
-    if outcome.predicted_bytes is not None:
-        words.append(f"predicted {outcome.predicted_bytes / _MIB:,.0f} MiB")
-    return ", ".join(words)
-
-
-# ---- the largest
-
-
-def _search(job: Job, num_parameters: Callable[[int], int], say: Callable[[str], None]) -> Findings:
-    assert job.budget_bytes is not None
-    outcomes: dict[int, Outcome] = {}
-
-    def trains(num_blocks: int) -> bool:
-        say(f"{num_blocks} blocks, {num_parameters(num_blocks) / 1e9:.2f} billion parameters")
-        here = replace(job, model={**job.model, "num_blocks": num_blocks}, num_steps=1)
-        outcomes[num_blocks] = run_confined(here, job.budget_bytes)
-        return outcomes[num_blocks].end == "trained"
-
-    count = largest_count(trains, job.model["num_blocks"])
-    section = f"the largest GPT, {job.model['width']} wide, in {job.budget_bytes / _MIB:,.0f} MiB"
-    tried = "; ".join(f"{blocks} blocks: {each.end} {each.message[-200:]}" for blocks, each in sorted(outcomes.items()))
-    if count is None:
-        return Findings((Figure(section, "parameters", "billion", (), note=f"not even one block: {tried}"),))
-    best = outcomes[count]
-    return Findings(
-        (
-            Figure(section, "parameters", "billion", (num_parameters(count) / 1e9,), note=f"{count} blocks"),
-            Figure(section, "start-up", "s", (best.startup_s,), note=best.plan),
-            Figure(section, "a step", "s", best.step_s, note=_peaks(best)),
-        ),
-        (f"tried: {tried}",),
-    )
-
-
-def largest_count(trains: Callable[[int], bool], first: int) -> int | None:
-    """The largest number that `trains`, where fewer do too: doubled from `first`, then halved between; None: not 1.
-
-    Raises:
-        ValueError: `first` is less than 1.
-    """
-    if first < 1:
-        raise ValueError(f"a model has a block, got {first}")
-    good, bad = 0, first
-    while trains(bad):
-        good, bad = bad, 2 * bad
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if trains(middle):
-            good = middle
-        else:
-            bad = middle
-    return good or None

@@ -173,7 +173,7 @@ def scale(
         str | None, typer.Option("--budget", help="Of host memory; 8GiB, with --largest 4GiB, by default.")
     ] = None,
     largest: Annotated[
-        bool, typer.Option("--largest", help="Search the largest GPT that trains one step within the budget.")
+        bool, typer.Option("--largest", help="Search the largest GPT that trains within the budget, and its peers'.")
     ] = False,
     folder: _Folder = None,
     json: _Json = None,

@@ -27,6 +27,7 @@ from .cgroup import MemoryCgroup
 
 __all__ = ["Job", "Outcome", "last_outcome", "run_confined"]
 
+_MIB = 1 << 20
 _TIMEOUT_S = 4 * 3600.0
 _WORST = ("trained", "refused", "failed", "killed")  # what a killed rank's peers fail with follows from it
 
@@ -36,20 +37,21 @@ class Job:
     """A training to be run.
 
     Attributes:
-        who: "engine" or "plain" (PyTorch with the same accumulation).
+        who: "engine", "plain" (PyTorch with the same accumulation) or "deepspeed" (ZeRO-3, all state on disk).
         model: the fields of `GPTConfig`.
         num_steps: to train.
         micro_batches: that the batch is cut into.
         budget_bytes: what the engine is told; None: it is told of no limit.
-        folder: for the disk tier; None: none.
-        offload, activations: as the engine's arguments.
+        folder: for the disk tier, or where DeepSpeed keeps its state; None: none.
+        offload, activations: as the engine's arguments; with activations "recompute", peers checkpoint every block.
         join_file: of the cgroup to join; None: none.
         num_ranks: processes that train together; each has its part of the batch.
         rank: which of them a process is.
         meeting_file: over which they find each other.
 
     Raises:
-        ValueError: another `who`, no steps, or several ranks of plain PyTorch.
+        ValueError: another `who`, no steps, several ranks of a peer, micro-batches or no folder for DeepSpeed, or
+            activations that a peer does not know.
     """
 
     who: str
@@ -66,10 +68,16 @@ class Job:
     meeting_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1 or (self.who == "plain" and self.num_ranks > 1):
-            raise ValueError(f"the engine has ranks, plain PyTorch is one, got {self.who} on {self.num_ranks}")
-        if self.who not in ("engine", "plain") or self.num_steps < 1:
-            raise ValueError(f"a job is of the engine or of plain and has a step, got {self.who} {self.num_steps}")
+        if self.who not in ("engine", "plain", "deepspeed") or self.num_steps < 1:
+            raise ValueError(f"a job is of the engine or of a peer and has a step, got {self.who} {self.num_steps}")
+        if self.num_ranks < 1 or (self.who != "engine" and self.num_ranks > 1):
+            raise ValueError(f"the engine has ranks, a peer is one, got {self.who} on {self.num_ranks}")
+        if self.who == "deepspeed" and (self.folder is None or self.micro_batches != 1):
+            raise ValueError(
+                f"DeepSpeed needs a folder and takes one micro-batch, got {self.folder} {self.micro_batches}"
+            )
+        if self.who != "engine" and self.activations not in (None, "recompute"):
+            raise ValueError(f"a peer keeps its activations or recomputes them, got {self.activations}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,16 @@ class Outcome:
     group_peak_bytes: int | None = None
     predicted_bytes: int | None = None
     plan: str = ""
+
+    @property
+    def peaks(self) -> str:
+        """In words: what the process and the group held at the most, and what was predicted."""
+        words = [f"VmHWM {self.resident_peak_bytes / _MIB:,.0f} MiB"]
+        if self.group_peak_bytes is not None:
+            words.append(f"cgroup {self.group_peak_bytes / _MIB:,.0f} MiB")
+        if self.predicted_bytes is not None:
+            words.append(f"predicted {self.predicted_bytes / _MIB:,.0f} MiB")
+        return ", ".join(words)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

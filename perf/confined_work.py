@@ -1,8 +1,9 @@
-"""What a confined process does: train a GPT with the engine, or with plain PyTorch.
+"""What a confined process does: train a GPT with the engine, or with a peer.
 
-Owns the two loops. It does not own the process and its cgroup (`confined.py`). Both are initialised by the same
-function, the engine unit by unit under seeds of its own: engines agree with each other to the bit, whatever their
-budget, and with plain PyTorch in distribution only.
+Owns the loop, and the engine in it. It does not own the process and its cgroup (`confined.py`) nor the peers
+(`confined_peers.py`). Engine and plain PyTorch are initialised by the same function, the engine unit by unit under
+seeds of its own: engines agree with each other to the bit, whatever their budget, and with plain PyTorch in
+distribution only.
 """
 
 import time
@@ -13,7 +14,6 @@ from datetime import timedelta
 from typing import Protocol
 
 import psutil
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from ..runtime.engine import Engine
 from ..runtime.filling import InitFiller
 from .bound import Moved, moved_in
 from .confined import Job, Outcome
+from .confined_peers import DeepSpeed, Plain
 from .members import peak_rss_bytes
 from .models import GPT, GPTConfig, random_batches, token_loss
 from .peers import adamw
@@ -81,7 +82,7 @@ def work(job: Job) -> Iterator[Outcome]:
 
 def _train(job: Job, config: GPTConfig, batches: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[Outcome]:
     try:
-        training: _Training = _Engine(job, config, batches(0)) if job.who == "engine" else _Plain(job, config)
+        training = _training(job, config, batches(0))
     except DoesNotFit as error:
         yield Outcome(end="refused", message=str(error))
         return
@@ -106,6 +107,16 @@ def _train(job: Job, config: GPTConfig, batches: Callable[[int], tuple[Tensor, T
         yield outcome
     training.close()
     yield replace(outcome, end="trained", resident_peak_bytes=max(outcome.resident_peak_bytes, peak_rss_bytes()))
+
+
+def _training(job: Job, config: GPTConfig, example: tuple[Tensor, Tensor]) -> _Training:
+    checkpoint_blocks = job.activations == "recompute"
+    if job.who == "plain":
+        return Plain(config, job.micro_batches, init, checkpoint_blocks)
+    if job.who == "deepspeed":
+        assert job.folder is not None
+        return DeepSpeed(config, job.folder, checkpoint_blocks)
+    return _Engine(job, config, example)
 
 
 class _Engine:
@@ -143,31 +154,3 @@ class _Engine:
 
     def close(self) -> None:
         self._engine.close()
-
-
-class _Plain:
-    """PyTorch as its tutorial accumulates: a backward for each micro-batch, then one step."""
-
-    predicted_bytes: int | None = None
-    plan: str = ""
-
-    def __init__(self, job: Job, config: GPTConfig) -> None:
-        self._model = GPT(config)
-        with torch.no_grad():
-            self._model.apply(init)
-        self._optimizer = adamw(self._model.parameters())
-        self._micro_batches = job.micro_batches
-
-    def step(self, batch: tuple[Tensor, Tensor]) -> tuple[float, float, Moved]:
-        started_s = time.perf_counter()
-        parts = [tensor.chunk(self._micro_batches) for tensor in batch]
-        total = 0.0
-        for inputs, targets in zip(*parts, strict=True):
-            loss = token_loss(self._model(inputs), targets) / self._micro_batches
-            loss.backward()
-            total += loss.item()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return total, time.perf_counter() - started_s, Moved(0, 0, {})
-
-    def close(self) -> None: ...

@@ -7,29 +7,9 @@ import pytest
 from outgrow.memory import disk_speed
 from outgrow.memory.disk_speed import DiskSpeed
 from outgrow.perf import case_scale
-from outgrow.perf.case_scale import largest_count
 from outgrow.perf.confined import Job, Outcome
 from outgrow.perf.models import CONFIGS
 from outgrow.perf.suite import Options
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 31, 32, 33])
-@pytest.mark.parametrize("first", [1, 4, 8, 26])
-def test_the_largest_is_found(limit: int, first: int) -> None:
-    tried: list[int] = []
-
-    def trains(count: int) -> bool:
-        tried.append(count)
-        return count <= limit
-
-    assert largest_count(trains, first) == limit
-    assert len(tried) == len(set(tried)), "nothing runs twice"
-
-
-def test_perhaps_not_even_one_trains() -> None:
-    assert largest_count(lambda count: False, 4) is None
-    with pytest.raises(ValueError, match="has a block"):
-        largest_count(lambda count: True, 0)
 
 
 def test_the_large_model_has_three_billion_parameters() -> None:
@@ -59,15 +39,3 @@ def test_steps_are_held_against_disk_and_extrapolated_compute(monkeypatch: pytes
     assert figures["bound / a step"].samples == (0.9, 0.75)
     assert figures["shared bound / a step"].samples == (0.9, 0.7505)
     assert figures["peak / budget"].samples == (0.5,)
-
-
-def test_the_search_takes_one_step_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def run(job: Job, limit_bytes: int | None = None) -> Outcome:
-        assert (job.num_steps, limit_bytes) == (1, 4 << 30)
-        return Outcome("trained" if job.model["num_blocks"] <= 5 else "refused", step_s=(1.0,))
-
-    monkeypatch.setattr(case_scale, "run_confined", run)
-    monkeypatch.setattr(case_scale, "disk_folder", lambda given: tmp_path)
-    findings = case_scale.run(Options(configs=("3B",), num_blocks=4, largest=True), lambda line: None)
-    assert findings.figures[0].note == "5 blocks"
-    assert "6 blocks: refused" in findings.notes[0]

@@ -48,10 +48,19 @@ def test_the_last_whole_outcome_counts() -> None:
 
 
 def test_jobs_are_checked() -> None:
-    with pytest.raises(ValueError, match="got deepspeed 1"):
-        Job("deepspeed", MODEL, 1)
+    with pytest.raises(ValueError, match="got another 1"):
+        Job("another", MODEL, 1)
     with pytest.raises(ValueError, match="has a step"):
         Job("plain", MODEL, 0)
+    with pytest.raises(ValueError, match="a folder"):
+        Job("deepspeed", MODEL, 1)
+    with pytest.raises(ValueError, match="got keep"):
+        Job("plain", MODEL, 1, activations="keep")
+
+
+def test_peaks_are_told_in_words() -> None:
+    outcome = Outcome(resident_peak_bytes=3 << 20, predicted_bytes=4 << 20)
+    assert outcome.peaks == "VmHWM 3 MiB, predicted 4 MiB"
 
 
 @pytest.mark.parametrize(("num_killed", "end"), [(1, "killed"), (0, "failed")])
