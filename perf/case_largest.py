@@ -145,7 +145,9 @@ def _ratio(section: str, name: str, ours: _Found, peer: _Found | None) -> Figure
 
 
 def _end(outcome: Outcome) -> str:
-    return f"{outcome.end} {outcome.message[-200:]}".strip()
+    """How it ended: a refusal says the most at its beginning, a traceback in its last line."""
+    lines = outcome.message.strip().splitlines() or [""]
+    return f"{outcome.end} {(lines[0] if outcome.end == 'refused' else lines[-1])[:250]}".strip()
 
 
 def largest_count(trains: Callable[[int], bool], first: int, tolerance: float = 0.0, growth: float = 2.0) -> int | None:

@@ -113,6 +113,20 @@ def test_all_three_are_searched_within_one_budget(monkeypatch: pytest.MonkeyPatc
     assert "10%" in findings.notes[0]
 
 
+def test_an_end_is_told_by_the_line_that_says_the_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(job: Job, limit_bytes: int | None = None) -> Outcome:
+        if job.who == "engine":
+            return Outcome("failed", message="ended with 1: Traceback\n  File\nDiskFull: the store needs 99 bytes")
+        return Outcome("refused", message="does not fit\nWhat helps: more")
+
+    monkeypatch.setattr(case_largest, "run_confined", run)
+    monkeypatch.setattr(case_largest, "find_spec", lambda name: object())
+    monkeypatch.setattr(case_scale, "disk_folder", lambda given: tmp_path)
+    figures = by_name(case_scale.run(Options(configs=("3B",), largest=True), lambda line: None))
+    assert figures["Outgrow"].note.endswith("failed DiskFull: the store needs 99 bytes")
+    assert figures["plain PyTorch"].note.endswith("refused does not fit")
+
+
 def test_deepspeed_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     findings, jobs = searched(monkeypatch, tmp_path, present=False)
     figures = by_name(findings)
