@@ -31,6 +31,7 @@ class RankState:
         original_dtypes: of parameters as they were given.
         transport: name of it; `single` on one rank.
         process_bytes: of the process without the model.
+        freed_share: as in `HostFigures`.
     """
 
     layouts: Sequence[ChunkLayout]
@@ -38,6 +39,7 @@ class RankState:
     original_dtypes: Mapping[str, torch.dtype]
     transport: str
     process_bytes: int
+    freed_share: float = 0.0
 
 
 def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
@@ -73,7 +75,9 @@ def host_figures(rank: RankState, plan: Plan) -> HostFigures:
     exchange = max(map(partial(_exchange_bytes, plan, transport), rank.layouts, plan.chunks), default=0)
     threads = plan.micro_batches if plan.order is MicroBatchOrder.BY_UNIT else 0
     reserve = RESERVE_BYTES + TURN_BYTES * threads
-    return HostFigures(rank.process_bytes, state, gradients, exchange, updates, is_summed, reserve, copies)
+    return HostFigures(
+        rank.process_bytes, state, gradients, exchange, updates, is_summed, reserve, copies, rank.freed_share
+    )
 
 
 def _exchange_bytes(plan: Plan, transport: str, layout: ChunkLayout, decision: ChunkPlan) -> int:

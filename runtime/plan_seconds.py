@@ -30,7 +30,8 @@ class StepSeconds:
     Attributes:
         memory: what units take.
         transport: None on one rank.
-        freed_stay: whether freed blocks stay the process's from step to step: no block is a fresh one then.
+        freed_stay: whether freed blocks stay the process's from step to step, also where a plan has no bound for them:
+            no block is a fresh one then.
     """
 
     layouts: Sequence[ChunkLayout]
@@ -69,10 +70,8 @@ class StepSeconds:
     def _times(self, found: Assessment) -> TimeProfile:
         """Of units, with the page faults of the plan."""
         profiled = self.profiled
-        if self.freed_stay and not profiled.has_faults:
-            return profiled.times
         assert self.memory is not None
-        shares = {} if self.freed_stay else found.ledger.fresh_shares if found.plan.keeps_freed else None
+        shares = found.ledger.fresh_shares if found.plan.keeps_freed else {} if self.freed_stay else None
         return with_faults(profiled.times, self.memory, profiled.hardware.fault_seconds, shares, profiled.has_faults)
 
 

@@ -129,6 +129,7 @@ class _Planning:
         self.profiled: Profiled | None = None
         self._took_s: dict[str, float] = {}
         self._freed_stay = False
+        self._freed_share = 0.0
 
     def run(self, plan: Plan, open_: Open, predicts: bool, explores: bool) -> Planned:
         several, clips, is_ample = plan.micro_batches > 1, plan.clips_gradients, self.planner.is_ample
@@ -144,14 +145,16 @@ class _Planning:
             return Planned(plan, program, shape.held, None)
         self._count_process()
         if is_ample:
+            self._freed_share = _STAYS
             found = self.assess(replace(plan, keeps_freed=plan.unified))
             if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
                 self._freed_stay = True
                 note = self._measure_seconds(plan, open_, gives_back=False) if predicts else ""
                 with self._clock("searching"):
                     found, fates = self._among_ample(found, open_)
-                found = replace(found, ledger=found.ledger.with_freed(int(_STAYS * found.ledger.peak_bytes)))
                 return self._planned(_Decided(plan, open_, found, fates, note), explores, is_ample)
+            self._freed_share = 0.0
+            del self._assessor  # made for that share
         return_blocks_at_once()  # before anything is measured: a heap that has grown does not shrink
         return self._planned(self._tight(plan, open_, predicts), explores)
 
@@ -316,7 +319,9 @@ class _Planning:
         """From when the bytes of a micro-batch are known, as far as they are asked for."""
         planner = self.planner
         transport = "single" if self.transport is None else self.transport.name
-        rank = RankState(planner.layouts, planner.optimizer, planner.original_dtypes, transport, self.process)
+        rank = RankState(
+            planner.layouts, planner.optimizer, planner.original_dtypes, transport, self.process, self._freed_share
+        )
         buffer_bytes = sum(buffer.nbytes for buffer in planner.model.buffers())
         return Assessor(rank, self.trace, planner.units, self.memory, self.batch_bytes, buffer_bytes)
 

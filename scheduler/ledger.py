@@ -36,6 +36,8 @@ class HostFigures:
         is_summed: whether gradients are summed into float32 buffers of their own.
         reserve_bytes: for what nobody counts: the heap's gaps, threads' stacks, kernels' leftovers.
         copy_bytes: chunk -> bytes of a gathered copy that comes and goes.
+        freed_share: of what a step needs at the most, in freed blocks that may stay on top, where a plan keeps any:
+            what fits into holes between those in use, and beside them.
     """
 
     process_bytes: int
@@ -46,6 +48,7 @@ class HostFigures:
     is_summed: bool
     reserve_bytes: int
     copy_bytes: Mapping[int, int] = field(default_factory=dict)
+    freed_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,6 @@ class Ledger:
     levels: tuple[tuple[int, int], ...] = ()
     growth_bytes: Mapping[Phase, int] = field(default_factory=dict)
     fresh_shares: Mapping[Phase, float] = field(default_factory=dict)
-
-    def with_freed(self, num_bytes: int) -> "Ledger":
-        """So many bytes of freed blocks may stay on top: what fits into holes between those in use, and beside them."""
-        return replace(self, peak_bytes=self.peak_bytes + num_bytes, parts=self.parts | {"freed blocks": num_bytes})
 
 
 def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryProfile, figures: HostFigures) -> Ledger:
@@ -129,6 +128,10 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             held_bytes -= gradients.get(action.index, 0)
     if not plan.keeps_freed:
         return replace(best, levels=tuple(sizes))
+    freed_bytes = int(figures.freed_share * best.peak_bytes)
+    if freed_bytes:
+        parts = best.parts | {"freed blocks": freed_bytes}
+        best = replace(best, peak_bytes=best.peak_bytes + freed_bytes, parts=parts)
     growth = _growth(levels, fixed["gathered"] + _library_again(profile, plan), _sums(program, shape, gradients, plan))
     held_back = [(phase, size - figures.reserve_bytes) for phase, size in begun]
     fresh = _fresh_shares(held_back, levels, growth, best.peak_bytes - figures.reserve_bytes // 2)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..memory.allocator import release_kernel_buffers
 from ..memory.cores import keep_to_own_cores
 
-__all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "typical"]
+__all__ = ["CACHE_BYTES", "OtherMemory", "Stopwatch", "Way", "expected", "typical"]
 
 _SHORT_S = 0.3  # rounds that take less begin with one that is not counted
 _LONG_S = 0.15  # rounds that take more have the other ways once
@@ -28,7 +28,8 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
 _LEAST_S, _MOST_S = 0.2, 0.4  # of all rounds; where one takes longer, two that agree will do
 _SETTLED = 0.02  # standard error of a median, as a part of it
 _NUM_TURNS, _TURNS_S = 2, 0.2  # threads, and seconds of their work alone at least, in three parts
-_STALL = 1.15  # times as long as the usual, from which on a round met something else
+_STALL = 2.0  # times as long as the usual, from which on a round met something else
+_SLOW = 1.5  # times as long as the middle, as which what took longer counts
 _SETTLING_S = 0.1  # of turns: new threads and their helpers may share a core until the kernel has moved them
 
 
@@ -99,7 +100,7 @@ class Stopwatch:
         rounds = self.rounds(ways)
         columns = [[each[way] for each in rounds if way < len(each)] for way in range(len(ways))]
         return [
-            (typical([forward_s for forward_s, _ in column]), typical([backward_s for _, backward_s in column]))
+            (expected([forward_s for forward_s, _ in column]), expected([backward_s for _, backward_s in column]))
             for column in columns
         ]
 
@@ -190,9 +191,17 @@ def typical(seconds: Sequence[float]) -> float:
     return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
 
 
+def expected(seconds: Sequence[float]) -> float:
+    """The mean, in which none counts as more than half as much again as the middle one: of many passes in a step some
+    meet a slow moment, and those add up."""
+    middle = statistics.median(seconds)
+    return statistics.fmean(min(each, _SLOW * middle) for each in seconds)
+
+
 def _without_stalls(rounds: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
-    """Those whose first way took about as long as in the faster half: others met what no step meets as often, such as
-    memory that the host of a virtual machine has to find first. A round of all ways stays where the others have one."""
+    """Those whose first way took less than twice as long as in the faster half: others met what no step meets as often,
+    such as memory that the host of a virtual machine has to find first. A round of all ways stays where the others have
+    one."""
     totals = [sum(each[0]) for each in rounds]
     usual = statistics.median_low(sorted(totals)[: (len(totals) + 1) // 2])
     most_s, num_ways = _STALL * usual, len(rounds[-1])

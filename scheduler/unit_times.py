@@ -26,7 +26,7 @@ from ..parallel.units import Unit
 from .cost import TimeProfile, UnitSeconds
 from .dataflow import Flow, Output, TensorSpec, trace_flow
 from .selective import selective_contexts
-from .stopwatch import Stopwatch, Way, typical
+from .stopwatch import Stopwatch, Way, expected, typical
 from .trace import Forward, InputDtype, Loss, Trace
 from .twin import Shapes
 
@@ -190,7 +190,7 @@ def _time_unit(alone: _Alone, watch: Stopwatch, times_as_long: float = 1.0) -> U
     if inputs and alone.has_backward:
         ways += [Way(whole.run, whole.given, inputs, weights), Way(selectively, whole.given, inputs, weights)]
     rounds = watch.rounds(ways, times_as_long)
-    forward_s, backward_s = (typical([each[0][part] for each in rounds]) for part in (0, 1))
+    forward_s, backward_s = (expected([each[0][part] for each in rounds]) for part in (0, 1))
     again_s = forward_s if alone.has_backward else 0.0
     if len(ways) == 1:
         return UnitSeconds(forward_s, backward_s, backward_s, again_s)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from outgrow.scheduler import stopwatch
-from outgrow.scheduler.stopwatch import CACHE_BYTES, Stopwatch, Way, typical
+from outgrow.scheduler.stopwatch import CACHE_BYTES, Stopwatch, Way, expected, typical
 
 
 def layer() -> tuple[nn.Linear, Way]:
@@ -20,6 +20,13 @@ def test_the_typical_of_some_seconds() -> None:
     assert typical([1.0, 3.0]) == 2.0
     assert typical([1.0, 2.0, 9.0]) == 2.0, "a stall is left out"
     assert typical([1.0, 2.0, 3.0, 5.0, 90.0]) == pytest.approx(10 / 3), "slower moments are not"
+
+
+def test_what_is_expected_of_a_pass_has_its_slow_moments() -> None:
+    assert expected([3.0]) == 3.0
+    assert expected([1.0, 1.0, 1.0, 1.3]) == pytest.approx(4.3 / 4)
+    assert expected([1.0, 1.0, 1.0, 90.0]) == pytest.approx(4.5 / 4), "a stall counts as half as much again"
+    assert expected([0.0, 0.0]) == 0.0
 
 
 def test_both_passes_of_every_way_are_timed_with_new_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +96,7 @@ def test_long_rounds_have_the_other_ways_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rounds_that_stalled_are_left_out() -> None:
-    short = [[(1.0, 1.0), (9.0, 0.0)], [(2.0, 1.0), (1.0, 0.0)], [(1.0, 1.1), (1.0, 0.0)]]
+    short = [[(1.0, 1.0), (9.0, 0.0)], [(3.0, 1.1), (1.0, 0.0)], [(1.0, 1.1), (1.0, 0.0)]]
     assert stopwatch._without_stalls(short) == [short[0], short[2]], "by the first way"
     long = [[(9.0, 1.0), (9.0, 1.0)], [(1.0, 1.0)], [(1.1, 1.0)]]
     assert stopwatch._without_stalls(long) == long, "the only one of all ways"
