@@ -291,7 +291,9 @@ class FirstBatch(ABC):
         assert self._program is not None
         if self.plan.keeps_freed:
             assert self.predicted is not None
-            self._heap = StepHeap(self.predicted.peak_bytes, RESERVE_BYTES // 2, self._freed_stay)
+            # In ample memory what nobody announces finds room in what freed blocks may take on top.
+            margin_bytes = 0 if self._freed_stay else RESERVE_BYTES // 2
+            self._heap = StepHeap(self.predicted.peak_bytes, margin_bytes, self._freed_stay)
         if self._state is None:
             self._open_state()
         self.state.keep_between_steps(self._program.kept)
