@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .chunk import ALIGN_BYTES
 from .direct_io import AlignedBuffer
 
 __all__ = ["CudaDevice", "DeviceTier", "HostTier", "SimulatedDevice", "Tiers", "open_tiers"]
@@ -149,6 +150,16 @@ class SimulatedDevice(DeviceTier):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self._arena = _AlignedArena({})
+
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy at the same place within a cache line: on some processors the bits of a matrix product depend on where
+        its operands lie, and a micro-batch is a slice of a batch."""
+        if tensor.layout is not torch.strided or tensor.numel() == 0:
+            return super().bring(tensor)
+        memory = torch.empty(tensor.numel() * tensor.itemsize + ALIGN_BYTES, dtype=torch.uint8)
+        begin = (tensor.data_ptr() - memory.data_ptr()) % ALIGN_BYTES
+        flat = memory[begin : begin + tensor.numel() * tensor.itemsize].view(tensor.dtype)
+        return flat.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()).copy_(tensor)
 
     def lay_out(self, places: Places) -> None:
         self._arena.close()

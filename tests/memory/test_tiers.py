@@ -63,6 +63,17 @@ def test_what_is_brought_is_a_copy() -> None:
     assert device.empty(5, torch.bfloat16).shape == (5,)
 
 
+def test_what_is_brought_lies_at_the_same_place_within_a_cache_line() -> None:
+    whole = torch.arange(240, dtype=torch.float32).view(24, 2, 5)
+    for tensor in (whole[3:7], whole[5:], whole[1:4].transpose(0, 2), whole.long()[7:9], torch.tensor(3.0)):
+        brought = SimulatedDevice().bring(tensor)
+        assert torch.equal(brought, tensor)
+        assert brought.stride() == torch.empty_like(tensor).stride()
+        assert brought.data_ptr() % 64 == tensor.data_ptr() % 64
+        assert brought.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+    assert SimulatedDevice().bring(torch.empty(0, 3)).shape == (0, 3)
+
+
 def test_copies_are_done_when_their_context_is_left() -> None:
     tiers = Tiers(HostTier(), SimulatedDevice())
     tiers.host.lay_out({"c0:param": (0, 4096)})
