@@ -26,7 +26,7 @@ from ..memory.allocator import (
     uses_first_heap,
 )
 from ..memory.budget import Memory
-from ..memory.chunk import ChunkLayout
+from ..memory.chunk import ALIGN_BYTES, ChunkLayout
 from ..memory.errors import DoesNotFit
 from ..memory.process import read_process_memory
 from ..parallel.units import Unit
@@ -122,7 +122,8 @@ class _Planning:
     def __init__(self, planner: Planner, trace: Trace, part: Any) -> None:
         self.planner, self.trace, self.part = planner, trace, part
         self.transport = planner.transport
-        self.batch_bytes = sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor))
+        leaves = [leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)]
+        self.batch_bytes = sum(leaf.nbytes + ALIGN_BYTES for leaf in leaves)  # brought to where it was within a line
         self.memory: MemoryProfile | None = None
         self.process = 0
         self.budgets = Budgets(0)
