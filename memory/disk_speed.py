@@ -20,7 +20,7 @@ from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
-_ROUNDS = 3
+_ROUNDS = 6
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
@@ -132,7 +132,7 @@ def measure_transfers(
     what is copied to the buffer first.
 
     Args:
-        work: what keeps all cores busy for some tenths of a second.
+        work: what keeps all cores busy for some hundredths of a second.
         sizes: in bytes, of transfers, the smallest first.
 
     Raises: what `DiskStore` raises.
@@ -156,10 +156,9 @@ def measure_transfers(
 
             kinds = [_Kind(move, pairs) for move in (store.read, store.write, save)]
             for _ in range(_ROUNDS):  # of all, so that a machine's slower moments slow all alike
-                work_s = _seconds(work)
                 for kind in kinds:
                     kind.move_alone()
-                    kind.move_beside(work, work_s)
+                    kind.move_beside(work)
             reads, writes, saves = (kind.times() for kind in kinds)
             return reads, writes, saves
     finally:
@@ -180,13 +179,11 @@ class _Kind:
         self._slowdowns: list[float] = []
 
     def move_alone(self) -> None:
-        for _ in range(2):
-            self._move_all(self._alone)
+        self._move_all(self._alone)
 
-    def move_beside(self, work: Callable[[], object], work_s: float) -> None:
-        """Args:
-        work_s: what the work has just taken alone.
-        """
+    def move_beside(self, work: Callable[[], object]) -> None:
+        """The work alone, and at once again beside transfers: a machine is as fast in both."""
+        work_s = _seconds(work)
         is_over = threading.Event()
 
         def keep_moving() -> None:
@@ -211,7 +208,7 @@ class _Kind:
         return TransferTimes(
             tuple(zip(sizes, alone_s, strict=True)),
             max(1.0, sum(beside_s) / sum(alone_s)),
-            max(1.0, statistics.median(self._slowdowns)),
+            max(1.0, statistics.fmean(sorted(self._slowdowns)[1:-1])),
         )
 
 

@@ -7,8 +7,9 @@ is thrown away. Nothing is fitted to whole steps: the figures of units and machi
 This machine changes its speed by a third and more from one quarter of a minute to the next (its host moves it about).
 A step is therefore foretold right before it runs, by a planner of its own in a process of its own, and its seconds are
 held against those: what is left is the planner's error. A step behind which none came for seconds finds less of its
-memory in place than others do (the host takes back what was free), so one that is not timed goes before it. The peak is
-that which the engine said before its first step.
+memory in place than others do (the host takes back what was free), so one that is not timed goes before it; and those
+that are timed are a few, since what one of them meets says little. The peak is that which the engine said before its
+first step.
 """
 
 import random
@@ -27,6 +28,7 @@ from .suite import Findings, Options
 __all__ = ["run"]
 
 _MODELS = ("gpt", "wide vocabulary", "mlp", "convolutions")
+_STEPS_OF_EACH = 3  # behind a forecast; their median counts
 _SHARES = (1.05, 1.3, None)  # of a plan's own peak, for its budget; None: ample
 _PLANS_OF_EACH = 6  # of every model, on each number of ranks
 _MEDIAN, _HIGH = Target(high=0.10), Target(high=0.25)
@@ -41,7 +43,7 @@ class _Tried:
         share: of its own peak, for its budget; None: ample.
         outlook: what the engine said before its first step.
         foretold_s: right before each measured step; empty where seconds could not be predicted.
-        seconds: of each measured step.
+        seconds: measured behind each forecast.
         peak_bytes: of all steps.
     """
 
@@ -108,19 +110,27 @@ def _try(
         outlook = group.ask("plan", "outlook")[0]
         assert isinstance(outlook, Outlook)
         foretold: list[float] = []
-        steps = []
+        measured: list[float] = []
+        peak_bytes = 0
+
+        def step(index: int) -> float:
+            nonlocal peak_bytes
+            ranks = group.ask("plan", "step", index)
+            peak_bytes = max(peak_bytes, *(rank.peak_bytes for rank in ranks))
+            return max(rank.seconds for rank in ranks)
+
         for index in range(options.num_warmup + options.num_rounds):
-            if index >= options.num_warmup and outlook.seconds is not None:
+            if index < options.num_warmup:
+                step(index)
+                continue
+            if outlook.seconds is not None:
                 seconds = group.ask("forecast", "outlook")[0].seconds
                 if seconds is not None:
                     foretold.append(seconds)
-                group.ask("plan", "step", index)
-            steps.append(group.ask("plan", "step", index))
-    measured = steps[options.num_warmup :]
-    peak = max(rank.peak_bytes for step in steps for rank in step)
-    seconds = tuple(max(rank.seconds for rank in step) for step in measured)
-    whole = tuple(foretold) if len(foretold) == len(seconds) else ()
-    return _Tried(model, num_ranks, share, outlook, whole, seconds, peak)
+            step(index)
+            measured.append(statistics.median(step(index) for _ in range(_STEPS_OF_EACH)))
+    whole = tuple(foretold) if len(foretold) == len(measured) else ()
+    return _Tried(model, num_ranks, share, outlook, whole, tuple(measured), peak_bytes)
 
 
 def _figures(tried: list[_Tried]) -> tuple[Figure, ...]:

@@ -4,6 +4,7 @@ Owns these sums, from layouts and plan alone, before anything is made. Does not 
 (`scheduler/ledger.py`).
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from .optimizer import PiecewiseOptimizer
 __all__ = ["RESERVE_BYTES", "TURN_BYTES", "RankState", "host_figures", "process_bytes", "update_bytes"]
 
 RESERVE_BYTES = 32 << 20  # the heap's gaps, stacks of the lanes' threads, what kernels keep after their first call
+_PAGE_BYTES = mmap.PAGESIZE
 TURN_BYTES = 2 << 20  # of a micro-batch's own thread, where micro-batches take turns
 
 
@@ -43,9 +45,15 @@ class RankState:
 
 
 def process_bytes(parameters: Sequence[torch.Tensor]) -> int:
-    """Resident bytes of this process without the model's parameters, as far as they have memory."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
-    return max(read_process_memory().resident_bytes - sum(storages.values()), 0)
+    """Resident bytes of this process without the model's parameters, as far as they have memory.
+
+    In memory that ranks share, what this one has not looked at yet is not resident: it looks at it now, as it will in
+    every step.
+    """
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters if not p.is_meta}
+    for storage in storages.values():
+        torch.empty(0, dtype=torch.uint8).set_(storage)[::_PAGE_BYTES].sum()
+    return max(read_process_memory().resident_bytes - sum(each.nbytes() for each in storages.values()), 0)
 
 
 def host_figures(rank: RankState, plan: Plan) -> HostFigures:

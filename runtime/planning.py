@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["Planner"]
 
 _AMPLE = 0.75  # of the budget, for a plan that keeps freed blocks
-_STAYS = 0.1  # of what a step needs at the most: freed blocks that may stay on top of it, in ample memory
+_STAYS = 0.2  # of what a step's tensors take at the most: freed blocks that may stay on top, in ample memory
 _LOG = logging.getLogger(__name__)
 
 

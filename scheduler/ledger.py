@@ -19,6 +19,7 @@ from .program import Program, StepShape
 from .trace import Phase
 
 _KEEPING = {Activations.RECOMPUTE: Keeping.RECOMPUTE, Activations.SELECTIVE: Keeping.SELECTIVE}
+_MOST_FREED = 0.07  # of the whole peak: more room than that would hardly be used
 
 __all__ = ["ActivationWalk", "HostFigures", "Ledger", "host_ledger", "keeping"]
 
@@ -36,8 +37,8 @@ class HostFigures:
         is_summed: whether gradients are summed into float32 buffers of their own.
         reserve_bytes: for what nobody counts: the heap's gaps, threads' stacks, kernels' leftovers.
         copy_bytes: chunk -> bytes of a gathered copy that comes and goes.
-        freed_share: of what a step needs at the most, in freed blocks that may stay on top, where a plan keeps any:
-            what fits into holes between those in use, and beside them.
+        freed_share: of what a step's tensors take at the most, in freed blocks that may stay on top, where a plan keeps
+            any: what fits into holes between those in use, and beside them.
     """
 
     process_bytes: int
@@ -128,7 +129,8 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
             held_bytes -= gradients.get(action.index, 0)
     if not plan.keeps_freed:
         return replace(best, levels=tuple(sizes))
-    freed_bytes = int(figures.freed_share * best.peak_bytes)
+    heap_bytes = best.peak_bytes - best.parts["process"] - best.parts["reserve"]
+    freed_bytes = int(min(figures.freed_share * heap_bytes, _MOST_FREED * best.peak_bytes))
     if freed_bytes:
         parts = best.parts | {"freed blocks": freed_bytes}
         best = replace(best, peak_bytes=best.peak_bytes + freed_bytes, parts=parts)

@@ -123,8 +123,11 @@ class Stopwatch:
 
     def in_turns(self, way: Way) -> float:
         """Times as long that both passes take where threads compute in turns, each with helpers of its own and, since a
-        turn ends with them, with kernels' buffers that are taken anew; at least 1."""
+        turn ends with them, with kernels' buffers that are taken anew; at least 1, and 1 where kernels have no helpers:
+        what such a thread takes longer by then is less than how far this measurement is off."""
         num_threads = torch.get_num_threads()
+        if num_threads == 1:
+            return 1.0
         alone: list[float] = []
         turns: list[float] = []
 

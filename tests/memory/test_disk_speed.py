@@ -40,7 +40,7 @@ def test_transfers_are_timed_one_after_the_other_alone_and_beside_work(tmp_path:
         assert each.beside >= 1
         assert each.slowdown >= 1
     assert len(kinds) == 3, "reads, writes, and writes with a copy"
-    assert len(worked) == 1 + (1 + 3) * disk_speed._ROUNDS, "alone, and beside each kind, in turns"
+    assert len(worked) == 1 + 2 * 3 * disk_speed._ROUNDS, "alone, and at once beside each kind"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -50,7 +50,7 @@ def test_work_that_fails_ends_what_moves_beside_it(tmp_path: Path) -> None:
     def work() -> None:
         nonlocal count
         count += 1
-        if count == 3:  # beside the first reads
+        if count == 3:  # beside the first reads: alone before them, and once before everything
             raise RuntimeError("cannot go on")
 
     with pytest.raises(RuntimeError, match="cannot go on"):
