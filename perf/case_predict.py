@@ -28,7 +28,7 @@ from .suite import Findings, Options
 __all__ = ["run"]
 
 _MODELS = ("gpt", "wide vocabulary", "mlp", "convolutions")
-_STEPS_OF_EACH = 3  # behind a forecast; their median counts
+_STEPS_OF_EACH = 2  # behind a forecast; their median counts
 _SHARES = (1.05, 1.3, None)  # of a plan's own peak, for its budget; None: ample
 _PLANS_OF_EACH = 6  # of every model, on each number of ranks
 _MEDIAN, _HIGH = Target(high=0.10), Target(high=0.25)

@@ -28,7 +28,7 @@ __all__ = ["TILE_ELEMS", "Adoption", "Fill"]
 Fill = Callable[[str, Mapping[str, torch.Tensor]], None]
 """f(unit, tensors): give the parameters of a unit their first values, in place, by name."""
 
-TILE_ELEMS = 8 << 20  # of pieces whose slots are made one by one before they go to disk
+TILE_ELEMS = 2 << 20  # of pieces whose slots are made one by one before they go to disk
 
 
 class Adoption:

@@ -15,7 +15,7 @@ from ..memory.allocator import StepHeap, keep_freed_blocks, return_blocks_at_onc
 from ..memory.budget import Memory
 from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
-from ..parallel.actions import Kind
+from ..parallel.actions import Action, Kind
 from ..parallel.mesh import open_mesh
 from ..parallel.units import assign_chunks, find_units, named_trainable
 from ..scheduler.ledger import Ledger
@@ -155,7 +155,7 @@ class PreparedEngine(FirstBatch):
             Kind.DROP: lambda action: self.state.drop(action),
             Kind.REDUCE: lambda action: self.state.reduce(action),
             Kind.NORM: self._norm,
-            Kind.STEP: self._recovery.watched(lambda action: self.state.step(action)),
+            Kind.STEP: self._recovery.watched(self._update),
             Kind.UP: lambda action: self.state.up(action),
             Kind.DOWN: lambda action: self.state.down(action),
             Kind.READ: lambda action: self.state.read(action),
@@ -211,6 +211,13 @@ class PreparedEngine(FirstBatch):
             self._open_state()
         if example is not None:
             self._compile(example)
+
+    def _update(self, action: Action) -> None:
+        """STEP. What it makes is announced: slots, with the first one, and what kernels that are not fused take."""
+        assert action.index is not None
+        if not self._has_stepped or not self._optimizer.is_fused:
+            self._make_room((str(Kind.STEP), action.index))
+        self.state.step(action)
 
     @property
     def rank(self) -> int:

@@ -62,7 +62,8 @@ class Ledger:
         parts: what the bytes are for.
         levels: (position in the program, bytes) of every action that was added up: the others hold no more than the
             one before them.
-        growth_bytes: phase -> by how much the heap grows in it at the most, where freed blocks are kept.
+        growth_bytes: phase, or STEP of a chunk -> by how much the heap grows in it at the most, where freed blocks are
+            kept.
         fresh_shares: phase -> part of what it makes that lies in fresh pages there.
     """
 
@@ -135,9 +136,10 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
         parts = best.parts | {"freed blocks": freed_bytes}
         best = replace(best, peak_bytes=best.peak_bytes + freed_bytes, parts=parts)
     growth = _growth(levels, fixed["gathered"] + _library_again(profile, plan), _sums(program, shape, gradients, plan))
+    updates = {(str(Kind.STEP), chunk): num_bytes for chunk, num_bytes in figures.update_bytes.items()}
     held_back = [(phase, size - figures.reserve_bytes) for phase, size in begun]
     fresh = _fresh_shares(held_back, levels, growth, best.peak_bytes - figures.reserve_bytes // 2)
-    return replace(best, levels=tuple(sizes), growth_bytes=growth, fresh_shares=fresh)
+    return replace(best, levels=tuple(sizes), growth_bytes=growth | updates, fresh_shares=fresh)
 
 
 def _growth(levels: Levels, anywhere_bytes: int, sums: Mapping[Phase, int]) -> dict[Phase, int]:
