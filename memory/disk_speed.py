@@ -20,7 +20,7 @@ from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
-_ROUNDS = 6
+_ROUNDS = 4
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
