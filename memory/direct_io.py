@@ -79,6 +79,11 @@ class AlignedBuffer:
             raise ValueError("the aligned buffer is closed")
         return memoryview(self._map)
 
+    def take_pages(self) -> None:
+        """Have all pages now, zeroed where they were not used before, instead of at their first uses."""
+        pages = np.frombuffer(self.padded, np.uint8)[:: mmap.PAGESIZE]
+        pages += 0  # numpy leaves out to assign what is there
+
     def tensor(self, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """The buffer as a flat tensor of `dtype`, sharing its bytes; trailing bytes that fill no element are left out.
 

@@ -40,11 +40,13 @@ def _end_of(places: Places) -> int:
 
 
 class _AlignedArena:
-    """An arena in page-aligned host memory. Its pages take memory from their first use on."""
+    """An arena in page-aligned host memory. Its pages take memory from their first use on, or at once."""
 
-    def __init__(self, places: Places, pins: bool = False) -> None:
+    def __init__(self, places: Places, pins: bool = False, takes_pages: bool = False) -> None:
         self.num_bytes = _end_of(places)
         self._memory = AlignedBuffer(self.num_bytes) if self.num_bytes else None
+        if takes_pages and self._memory is not None:
+            self._memory.take_pages()
         self._pinned: list[int] = []
         self.buffers: dict[str, torch.Tensor] = {}
         if self._memory is not None:
@@ -76,10 +78,14 @@ class HostTier:
         self._arena = _AlignedArena({})
         self._kept: list[tuple[AlignedBuffer, int]] = []
 
-    def lay_out(self, places: Places) -> None:
-        """Make the arena, in place of the one before."""
+    def lay_out(self, places: Places, takes_pages: bool = False) -> None:
+        """Make the arena, in place of the one before.
+
+        Args:
+            takes_pages: at once, not at their first uses.
+        """
         self._arena.close()
-        self._arena = _AlignedArena(places, self._pins)
+        self._arena = _AlignedArena(places, self._pins, takes_pages)
 
     def buffer(self, name: str) -> torch.Tensor:
         """A buffer of the arena: uint8, flat, page-aligned."""

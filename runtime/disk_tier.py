@@ -83,9 +83,9 @@ class DiskTier:
         self._store_of |= dict.fromkeys(extents, store)
         self._sizes |= {spec.name: spec.num_bytes for spec in specs}
 
-    def lay_out(self, program: Program) -> None:
-        """Make the arena that a program's buffers lie in. Its pages take memory from their first use on."""
-        self._host.lay_out(program.places("host"))
+    def lay_out(self, program: Program, takes_pages: bool = False) -> None:
+        """Make the arena that a program's buffers lie in. Its pages take memory from their first use on, or at once."""
+        self._host.lay_out(program.places("host"), takes_pages)
 
     def buffer(self, name: str) -> torch.Tensor:
         """The buffer that `name` is read into: uint8, flat, page-aligned."""

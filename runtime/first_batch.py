@@ -304,7 +304,8 @@ class FirstBatch(ABC):
             if Activations.OFFLOAD_DISK in self.plan.activations:
                 self._tier = self._tier or open_tier(self.memory, self._run_name, self._mesh.rank, {}, self._tiers)
             self._moving = self._hooks.moving = open_moves(self._program, self.state, self._tier, self._tiers)
-        lay_out(self._program, self._tier, self._tiers)
+        # Freed blocks would fill the room of pages that buffers take later.
+        lay_out(self._program, self._tier, self._tiers, takes_pages=self._freed_stay)
 
     def _make_room(self, phase: Phase) -> None:
         if self._heap is not None and self.predicted is not None:

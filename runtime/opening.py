@@ -93,13 +93,17 @@ def open_mail(mesh: "Mesh", transport: str | None) -> "Mail":
         return MessageMail(mesh.pipeline_group)
 
 
-def lay_out(program: Program, tier: DiskTier | None, tiers: Tiers | None) -> None:
-    """Make the arenas that a program's buffers lie in."""
+def lay_out(program: Program, tier: DiskTier | None, tiers: Tiers | None, takes_pages: bool = False) -> None:
+    """Make the arenas that a program's buffers lie in.
+
+    Args:
+        takes_pages: where there is one memory, not from their first uses on but at once.
+    """
     if tiers is not None:
         tiers.host.lay_out(program.places("host"))
         tiers.device.lay_out(program.places("device"))
     elif tier is not None:
-        tier.lay_out(program)
+        tier.lay_out(program, takes_pages)
 
 
 def fill_with(filler: "Filler | None", model: nn.Module, units: Sequence[Unit]) -> Fill | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from outgrow.memory.direct_io import ALIGN_BYTES
+from outgrow.memory.process import read_process_memory
 from outgrow.memory.tiers import CudaDevice, HostTier, SimulatedDevice, Tiers, open_tiers
 
 PLACES = {"c0:param": (0, 8192), "c1:param": (8192, 4096), "a0.0": (4096, 8192)}
@@ -94,3 +95,14 @@ def test_a_machine_without_an_accelerator_plays_one() -> None:
     tiers.close()
     with pytest.raises(ValueError, match="there is no CUDA device"):
         CudaDevice()
+
+
+@pytest.mark.parametrize("takes_pages", [False, True])
+def test_an_arenas_pages_are_taken_at_their_first_uses_or_at_once(takes_pages: bool) -> None:
+    tier, num_bytes = HostTier(), 64 << 20
+    before = read_process_memory().resident_bytes
+    tier.lay_out({"c0:param": (0, num_bytes)}, takes_pages)
+    grown = read_process_memory().resident_bytes - before
+    assert (grown > num_bytes // 2) == takes_pages
+    assert tier.buffer("c0:param").sum() == 0
+    tier.close()
