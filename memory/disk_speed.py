@@ -4,7 +4,6 @@ Owns the measurement. It does not own what a plan makes of it (`scheduler/hardwa
 """
 
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from .disk_lanes import Ticket
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
 
 _ROUNDS = 4
+_WORK_S = 0.04  # of the work alone, before each look at it beside transfers
+_BESIDE_S = 0.03  # of transfers beside it, at least; and each size once
 _RING = 3  # buffers: while one is filled or emptied, the next request is already queued
 
 
@@ -132,7 +133,7 @@ def measure_transfers(
     what is copied to the buffer first.
 
     Args:
-        work: what keeps all cores busy for some hundredths of a second.
+        work: what keeps all cores busy for some thousandths of a second, without Python; it is done again and again.
         sizes: in bytes, of transfers, the smallest first.
 
     Raises: what `DiskStore` raises.
@@ -182,21 +183,30 @@ class _Kind:
         self._move_all(self._alone)
 
     def move_beside(self, work: Callable[[], object]) -> None:
-        """The work alone, and at once again beside transfers: a machine is as fast in both."""
-        work_s = _seconds(work)
-        is_over = threading.Event()
+        """The work alone, and at once again beside transfers: a machine is as fast in both. There is work until the
+        last transfer has ended, so that none of them is beside nothing."""
+        alone_s: list[float] = []
+        while sum(alone_s) < _WORK_S:
+            alone_s.append(_seconds(work))
 
-        def keep_moving() -> None:
-            while not is_over.is_set():
+        def move() -> float:
+            while True:
                 self._move_all(self._beside)
+                ended_s = time.perf_counter()
+                if ended_s - began_s > _BESIDE_S:
+                    return ended_s
 
+        calls: list[tuple[float, float]] = []
         with ThreadPoolExecutor(1, "measure-disk") as mover:
-            moved = mover.submit(keep_moving)
-            try:
-                self._slowdowns.append(_seconds(work) / work_s)
-            finally:
-                is_over.set()
-            moved.result()
+            began_s = time.perf_counter()
+            moved = mover.submit(move)
+            while not moved.done():
+                call_s = time.perf_counter()
+                calls.append((call_s, _seconds(work)))
+        ended_s = moved.result()
+        done = sum(min(1.0, max(0.0, ended_s - call_s) / seconds) for call_s, seconds in calls)
+        if done:
+            self._slowdowns.append((ended_s - began_s) / (done * statistics.fmean(alone_s)))
 
     def _move_all(self, seconds: list[list[float]]) -> None:
         for (name, buffer), found in zip(self._pairs, seconds, strict=True):
@@ -208,7 +218,7 @@ class _Kind:
         return TransferTimes(
             tuple(zip(sizes, alone_s, strict=True)),
             max(1.0, sum(beside_s) / sum(alone_s)),
-            max(1.0, statistics.fmean(sorted(self._slowdowns)[1:-1])),
+            max(1.0, statistics.fmean(sorted(self._slowdowns)[1:-1] or [1.0])),
         )
 
 

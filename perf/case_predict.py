@@ -1,15 +1,15 @@
 """The case `predict`: steps and peaks as they were predicted, against what they then were.
 
 Owns which plans are tried (of every model, on one and two ranks, a draw from the whole reduced space, bad ones among
-them, each within one of three budgets), and the verdict. Rounds are measured steps of each plan; the first step of each
-is thrown away. Nothing is fitted to whole steps: the figures of units and machine are taken before each.
+them, each within one of three budgets), and the verdict. Rounds are forecasts of each plan; its first steps are thrown
+away. Nothing is fitted to whole steps: the figures of units and machine are taken before each.
 
 This machine changes its speed by a third and more from one quarter of a minute to the next (its host moves it about).
-A step is therefore foretold right before it runs, by a planner of its own in a process of its own, and its seconds are
-held against those: what is left is the planner's error. A step behind which none came for seconds finds less of its
-memory in place than others do (the host takes back what was free), so one that is not timed goes before it; and those
-that are timed are a few, since what one of them meets says little. The peak is that which the engine said before its
-first step.
+A step is therefore foretold between steps, by a planner of its own in a process of its own, and held against the
+seconds of those right before and right behind it: what is left is the planner's error. A step before which none came
+for seconds finds less of its memory in place than others do (the host takes back what was free), so one that is not
+timed goes before those that are; and these are a few, since what one of them meets says little. The peak is that which
+the engine said before its first step.
 """
 
 import random
@@ -28,7 +28,7 @@ from .suite import Findings, Options
 __all__ = ["run"]
 
 _MODELS = ("gpt", "wide vocabulary", "mlp", "convolutions")
-_STEPS_OF_EACH = 2  # behind a forecast; their median counts
+_STEPS_OF_EACH = 2  # before and behind a forecast; the median of all counts
 _SHARES = (1.05, 1.3, None)  # of a plan's own peak, for its budget; None: ample
 _PLANS_OF_EACH = 6  # of every model, on each number of ranks
 _MEDIAN, _HIGH = Target(high=0.10), Target(high=0.25)
@@ -42,8 +42,8 @@ class _Tried:
     Attributes:
         share: of its own peak, for its budget; None: ample.
         outlook: what the engine said before its first step.
-        foretold_s: right before each measured step; empty where seconds could not be predicted.
-        seconds: measured behind each forecast.
+        foretold_s: between measured steps; empty where seconds could not be predicted.
+        seconds: measured around each forecast.
         peak_bytes: of all steps.
     """
 
@@ -119,16 +119,21 @@ def _try(
             peak_bytes = max(peak_bytes, *(rank.peak_bytes for rank in ranks))
             return max(rank.seconds for rank in ranks)
 
-        for index in range(options.num_warmup + options.num_rounds):
-            if index < options.num_warmup:
-                step(index)
-                continue
+        def timed(index: int) -> list[float]:
+            step(index)
+            return [step(index) for _ in range(_STEPS_OF_EACH)]
+
+        for index in range(options.num_warmup):
+            step(index)
+        before = timed(options.num_warmup)
+        for index in range(options.num_warmup + 1, options.num_warmup + 1 + options.num_rounds):
             if outlook.seconds is not None:
                 seconds = group.ask("forecast", "outlook")[0].seconds
                 if seconds is not None:
                     foretold.append(seconds)
-            step(index)
-            measured.append(statistics.median(step(index) for _ in range(_STEPS_OF_EACH)))
+            behind = timed(index)
+            measured.append(statistics.median(before + behind))
+            before = behind
     whole = tuple(foretold) if len(foretold) == len(measured) else ()
     return _Tried(model, num_ranks, share, outlook, whole, tuple(measured), peak_bytes)
 

@@ -49,8 +49,8 @@ _PAGED_BYTES, _HUGE_BYTES = 400 << 10, 6 << 20  # of blocks whose page faults ar
 _USED_ROUNDS, _USED_BYTES = 2, 128 << 20  # of memory that was in use before them
 _NET_ROUNDS = 24  # of which the eighth at each end is left out
 _ALONE_S = 0.1  # in which a thread computes without an exchange beside it
-_NUM_PRODUCTS = 20  # of a quarter of a GFLOP each, about as long as a unit's kernels, that are timed beside the disk
-_METHOD = 9  # of measuring: figures that were taken by another one are not comparable
+_NUM_PRODUCTS = 4  # of a quarter of a GFLOP each, about as long as a unit's kernels, that are done at once beside disks
+_METHOD = 10  # of measuring: figures that were taken by another one are not comparable
 _DEPTH = 2  # of requests in flight, where both directions are measured together
 PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 

@@ -230,8 +230,7 @@ def _agreed(found: "tuple[TimeProfile, Hardware] | NotProfiled", transport: "Tra
 
 
 def _unit_from(numbers: Sequence[float]) -> UnitSeconds:
-    *known, selective_s = numbers  # in the order of the fields
-    return UnitSeconds(*known, selective_s=None if selective_s < 0 else selective_s)
+    return UnitSeconds(*(None if number < 0 else number for number in numbers))  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> dict[str, UnitSeconds]:

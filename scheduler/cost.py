@@ -33,6 +33,7 @@ class UnitSeconds:
         recompute_s: of running it once more before its backward.
         selective_s: likewise of what selective recomputation runs again, and of keeping the rest; None: not measured,
             and taken for as much as all of it.
+        offload_s: what the forward takes longer where somebody is handed all that it saves.
 
     Raises:
         ValueError: a negative number.
@@ -43,9 +44,11 @@ class UnitSeconds:
     weight_s: float
     recompute_s: float
     selective_s: float | None = None
+    offload_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.forward_s, self.backward_s, self.weight_s, self.recompute_s, self.selective_s or 0.0) < 0:
+        whole = self.forward_s, self.backward_s, self.weight_s, self.recompute_s
+        if min(*whole, self.selective_s or 0.0, self.offload_s) < 0:
             raise ValueError(f"{self}: seconds cannot be negative")
 
 
@@ -146,7 +149,9 @@ class Costs:
             case Kind.F:
                 # The loss, and its backward up to the last unit's, go on until that begins.
                 is_last = run == len(self.shape.units) - 1
-                return unit.forward_s + is_last * (self.profile.loss_s + self.profile.loss_backward_s)
+                moves = self.plan.activations_of(self.shape.units[run].unit).is_offloaded
+                between_s = is_last * (self.profile.loss_s + self.profile.loss_backward_s)
+                return unit.forward_s + moves * unit.offload_s + between_s
             case Kind.B:
                 return unit.backward_s + self._again_s(run)
             case Kind.I:

@@ -184,29 +184,29 @@ def _built(given: Output, dtype: torch.dtype | None, needs_grad: bool) -> Any:
 
 
 def _time_unit(alone: _Alone, watch: Stopwatch, times_as_long: float = 1.0) -> UnitSeconds:
-    """In turns: all of it; without gradients of weights; likewise recomputed selectively."""
-    whole, inputs, weights, selectively = _ready(alone)
+    """In turns: all of it; without gradients of weights; likewise recomputed, whole and selectively."""
+    whole, inputs, weights, again, selectively = _ready(alone)
     ways = [whole]
     if inputs and alone.has_backward:
-        ways += [Way(whole.run, whole.given, inputs, weights), Way(selectively, whole.given, inputs, weights)]
+        ways += [Way(run, whole.given, inputs, weights) for run in (whole.run, again, selectively)]
     rounds = watch.rounds(ways, times_as_long)
     forward_s, backward_s = (expected([each[0][part] for each in rounds]) for part in (0, 1))
-    again_s = forward_s if alone.has_backward else 0.0
     if len(ways) == 1:
-        return UnitSeconds(forward_s, backward_s, backward_s, again_s)
+        return UnitSeconds(forward_s, backward_s, backward_s, forward_s if alone.has_backward else 0.0)
     # Of differences, those within a round: the machine was as fast in both parts.
     of_all = [each for each in rounds if len(each) == len(ways)]
-    weight_s = typical([whole[1] - kept[1] for whole, kept, _ in of_all])
-    # What a selective recompute adds: a pass under it less one that keeps everything.
-    selective_s = typical([sum(selective) - sum(kept) for _, kept, selective in of_all])
-    return UnitSeconds(
-        forward_s, backward_s, min(max(0.0, weight_s), backward_s), again_s, min(max(0.0, selective_s), again_s)
-    )
+    weight_s = typical([whole[1] - kept[1] for whole, kept, *_ in of_all])
+    handed_s = typical([again[0] - kept[0] for _, kept, again, _ in of_all])  # to torch's checkpoint, or to us
+    # What a recompute adds: a pass under it less one that keeps everything. It ends where all that was saved is there
+    # again, and leaves that in the caches.
+    again_s, selective_s = (max(0.0, typical([sum(each[way]) - sum(each[1]) for each in of_all])) for way in (2, 3))
+    weight_s = min(max(0.0, weight_s), backward_s)
+    return UnitSeconds(forward_s, backward_s, weight_s, again_s, min(selective_s, again_s), max(0.0, handed_s))
 
 
-def _ready(alone: _Alone) -> tuple[Way, list[torch.Tensor], list[nn.Parameter], Callable[[], Any]]:
-    """A copy of the unit: how to run all of it, the inputs and the weights that get gradients, and a selective
-    recompute of it."""
+def _ready(alone: _Alone) -> tuple[Way, list[torch.Tensor], list[nn.Parameter], Callable[[], Any], Callable[[], Any]]:
+    """A copy of the unit: how to run all of it, the inputs and the weights that get gradients, and how to run it so
+    that its backward recomputes it, whole and selectively."""
     twin, has_backward = _real_copy(alone.module, alone.names, alone.shapes), alone.has_backward
     args, kwargs = _built(alone.given, alone.dtype, has_backward)
 
@@ -214,13 +214,16 @@ def _ready(alone: _Alone) -> tuple[Way, list[torch.Tensor], list[nn.Parameter], 
         with torch.set_grad_enabled(has_backward):
             return twin(*args, **kwargs)
 
+    def again() -> Any:
+        return checkpoint(twin, *args, use_reentrant=False, **kwargs)
+
     def selectively() -> Any:
         return checkpoint(twin, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     weights = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     inputs = [leaf for leaf in given if leaf.requires_grad]
-    return Way(run, given, [*inputs, *weights]), inputs, weights, selectively
+    return Way(run, given, [*inputs, *weights]), inputs, weights, again, selectively
 
 
 def _time_loss(flow: Flow, loss: Loss, micro_batch: Any, watch: Stopwatch) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def test_a_broken_file_is_measured_over(tmp_path: Path) -> None:
     (units,) = tmp_path.glob("units-*.json")
     units.write_text('{"x": "y"')
     assert len(measured(tmp_path, AMPLE).times.units) == 3
-    assert all(len(numbers) == 5 for numbers in json.loads(units.read_text()).values())
+    assert all(len(numbers) == 6 for numbers in json.loads(units.read_text()).values())
 
 
 def test_a_unit_that_refuses_made_up_inputs_is_the_reason(tmp_path: Path) -> None:

@@ -167,3 +167,13 @@ def test_figures_of_a_machine_round_trip_and_are_checked() -> None:
         replace(DISK.read, beside=0.5)
     with pytest.raises(ValueError, match="two directions"):
         replace(DISK, both_capacity=3.0)
+
+
+def test_offloading_takes_the_forward_what_handing_over_takes() -> None:
+    units = tuple(replace(unit, offload_s=0.125) for unit in PROFILE.units)
+    plan = replace(plan_of(TWO), activations=(Activations.OFFLOAD_DISK, Activations.RECOMPUTE))
+    costs = Costs(TWO, plan, replace(PROFILE, units=units), MACHINE, (2048, 1024))
+    assert costs(Instruction(Action.parse("F0.0"), Lane.COMPUTE)).seconds == 1.125
+    assert costs(Instruction(Action.parse("F1.0"), Lane.COMPUTE)).seconds == 4.75, "its own, and the loss's"
+    with pytest.raises(ValueError, match="cannot be negative"):
+        replace(units[0], offload_s=-1.0)
