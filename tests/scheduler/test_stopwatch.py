@@ -114,3 +114,10 @@ def test_turns_are_taken_in_threads_that_end(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(released) == sorted(passes * 2), "before each pass of a turn, and of no other"
     assert {name.split("_")[0] for name in names} == {"MainThread", "turn"}
     assert not any(each.name.startswith("turn") for each in threading.enumerate())
+
+
+def test_kernels_without_helpers_have_no_turns_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, way = layer()
+    monkeypatch.setattr(stopwatch.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(Stopwatch, "_once", lambda *_: pytest.fail("it ran"))
+    assert Stopwatch(4).in_turns(way) == 1.0

@@ -120,3 +120,22 @@ def test_frozen_weights_are_trained_again_afterwards() -> None:
     assert x.grad is not None
     assert layer.weight.grad is None
     assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_what_recomputing_and_handing_over_add_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways: all of it; without gradients of weights; that recomputed; that recomputed selectively."""
+    seen = []
+
+    def rounds(_watch: stopwatch.Stopwatch, ways: list[stopwatch.Way], _often: float = 1.0):
+        for way in ways:
+            way.run()
+        seen.append(len(ways))
+        return [[(1.0, 2.0), (1.0, 1.5), (1.25, 2.0), (1.125, 1.875)][: len(ways)]] * 3
+
+    monkeypatch.setattr(stopwatch.Stopwatch, "rounds", rounds)
+    _, found = measured(Model())
+    embedding, block = found.units[0], found.units[1]
+    assert set(seen) == {1, 4}
+    assert (embedding.weight_s, embedding.recompute_s, embedding.offload_s) == (2.0, 1.0, 0.0), "nothing to compare"
+    assert (block.forward_s, block.backward_s, block.weight_s) == (1.0, 2.0, 0.5)
+    assert (block.recompute_s, block.selective_s, block.offload_s) == (0.75, 0.5, 0.25)
