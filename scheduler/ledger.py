@@ -38,7 +38,7 @@ class HostFigures:
         reserve_bytes: for what nobody counts: the heap's gaps, threads' stacks, kernels' leftovers.
         copy_bytes: chunk -> bytes of a gathered copy that comes and goes.
         freed_share: of what a step's tensors take at the most, in freed blocks that may stay on top, where a plan keeps
-            any: what fits into holes between those in use, and beside them.
+            any: what fits into holes between those in use, and beside them. No more than 7% of the whole peak counts.
     """
 
     process_bytes: int
