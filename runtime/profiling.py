@@ -230,6 +230,7 @@ def _agreed(found: "tuple[TimeProfile, Hardware] | NotProfiled", transport: "Tra
 
 
 def _unit_from(numbers: Sequence[float]) -> UnitSeconds:
+    """From the fields in their order; only what may be None is ever negative."""
     return UnitSeconds(*(None if number < 0 else number for number in numbers))  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ class UnitSeconds:
         forward_s: with everything saved for the backward.
         backward_s: whole.
         weight_s: the part of `backward_s` that makes gradients of weights.
-        recompute_s: of running it once more before its backward.
+        recompute_s: what its backward takes longer where it runs the forward again, as far as that has to.
         selective_s: likewise of what selective recomputation runs again, and of keeping the rest; None: not measured,
             and taken for as much as all of it.
         offload_s: what the forward takes longer where somebody is handed all that it saves.
