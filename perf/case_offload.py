@@ -42,7 +42,7 @@ _BOUND_TARGET = Target(low=0.85)
 _SAME = Target(high=0.0)
 _DEEPSPEED_SPEED_TARGET = Target(low=1.5)
 _DEEPSPEED_MEMORY_TARGET = Target(high=0.25)
-_QUARTER = {"M": ("1750MiB", 2), "S": ("512MiB", 4)}  # host budget, micro-batches
+_QUARTER = {"M": ("1750MiB", 1), "S": ("512MiB", 4)}  # host budget, micro-batches
 
 
 def run(options: Options, say: Callable[[str], None]) -> Findings:
@@ -221,8 +221,8 @@ def _against_deepspeed(
         folder=folder,
         host=host,
         micro_batches=micro_batches,
-        order="by-unit",  # the disk has time left: activations may lie there too, and nothing is recomputed
-        activations="offload:disk",
+        order="by-unit" if micro_batches > 1 else None,
+        activations="offload:disk",  # the disk has time left for them, and nothing is recomputed
     )
     theirs = Contestant(
         "DeepSpeed",

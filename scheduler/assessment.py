@@ -136,7 +136,7 @@ def describe(plan: Plan) -> str:
     if plan.keeps_freed:
         parts.append("freed blocks kept")
     if plan.cache_bytes:
-        parts.append(f"{format_bytes(plan.cache_bytes)} of parameters stay")
+        parts.append(f"{format_bytes(plan.cache_bytes)} for what moves")
     return ", ".join(parts)
 
 

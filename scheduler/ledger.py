@@ -79,7 +79,7 @@ def host_ledger(program: Program, shape: StepShape, plan: Plan, profile: MemoryP
     """Walk the compute lane in its order: everything that host memory holds is bound to it. Activations count where
     units compute in host memory. A backward action waits for the exchange of the one before the last
     (`scheduler/link.py`), a forward action for none."""
-    levels = levels_under(profile, keeping(program, shape, plan))
+    levels = levels_under(profile, keeping(program, shape, plan), in_buffers=True)  # what a LOAD brings is in the arena
     fixed = {
         "process": figures.process_bytes + profile.library_bytes,
         "state": sum(figures.state_bytes.values()),

@@ -15,7 +15,8 @@ Then, for the fastest few residencies and orders, what decides how well they run
 
     zero           on several ranks: what of the state they share, and whether gathered copies live from forward to
                    backward
-    prefetch       0, 1, 2, 4 units ahead, with activations as each of them leaves room for
+    prefetch       0, 1, 2, 4 uses ahead, with activations as each of them leaves room for; and as far as the budget
+                   allows, with what there is no room for read later
     update         after the backward pass, or inside it
     spare memory   chunks at home nearer, parameters that stay from use to use
 
@@ -30,7 +31,7 @@ from .assessment import Assessment, Budgets, Open, against, refusal
 from .fit import homes_of
 from .plan import Activations, GatheredFor, Home, MicroBatchOrder, Plan, UpdateTime, with_zero
 from .program import Lane
-from .spare import cache_more, keep_more_nearer
+from .spare import cache_more, keep_more_nearer, read_farther
 
 __all__ = ["Candidate", "Found", "search"]
 
@@ -115,6 +116,10 @@ def search(
         if base.uses_disk or any(chunk.parameters_sharded for chunk in base.chunks) or not base.unified:
             for ahead in sorted({*_PREFETCH, plan.prefetch} - {base.prefetch}):
                 _settle(replace(base, prefetch=ahead), open_, num_units, looked)
+    for base in looked.fastest_bases():
+        for ahead in _PREFETCH:
+            if base.uses_disk and ahead > 0 and base.pipeline is None:
+                read_farther(looked.at(base), ahead, budgets, looked.at)
     for base in looked.fastest_bases():
         _refine(base, open_, looked)
     return looked.found()

@@ -1,4 +1,4 @@
-"""What is left of the budgets, spent: chunks at home on a nearer tier, parameters that stay from use to use.
+"""What is left of the budgets, spent: chunks at home on a nearer tier, reads that come earlier, parameters that stay.
 
 Owns growing a plan that fits until it would not. Does not own what a plan takes, nor which plan is grown.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 from .assessment import Assessment, Budgets, offloaded
 from .plan import Home, Plan
 
-__all__ = ["cache_more", "keep_more_nearer"]
+__all__ = ["cache_more", "keep_more_nearer", "read_farther"]
 
 _SPENT = 0.97  # of the host's budget: a plan that is run again meets a process of a slightly other size
 _GRAIN_BYTES = 1 << 22  # less than that is not worth a try
@@ -56,6 +56,27 @@ def cache_more(found: Assessment, budgets: Budgets, assess: Callable[..., Assess
         spare = budgets.host - found.ledger.peak_bytes
         found = _grown(found, "cache_bytes", found.program.arena_bytes("host"), spare, budgets, assess)
     return found
+
+
+def read_farther(
+    found: Assessment, distance: int, budgets: Budgets, assess: Callable[..., Assessment]
+) -> Assessment | None:
+    """The plan with reads `distance` uses ahead, as far as the host's budget allows; None where that is nowhere.
+
+    Where the fullest moment would not fit, the bytes for what moves are bounded: there, and only there, it comes later.
+    """
+    budgets = _to_spend(budgets)
+    spare_bytes = budgets.host - found.ledger.peak_bytes
+    bound = found.program.arena_bytes("host") + spare_bytes
+    for _ in range(_NUM_TRIES):
+        tried = assess(replace(found.plan, prefetch=distance, cache_bytes=max(bound, 1)))
+        if budgets.fit(tried):
+            return tried
+        excess_bytes = tried.ledger.peak_bytes - budgets.host
+        if excess_bytes <= 0 or bound <= 0:  # it is not the host that it does not fit into, or no bound helps
+            return None
+        bound -= max(excess_bytes, _GRAIN_BYTES, bound // 16)
+    return None
 
 
 def _to_spend(budgets: Budgets) -> Budgets:

@@ -186,7 +186,7 @@ def test_a_plan_in_words() -> None:
     disk = ChunkPlan(parameter_home=Home.DISK, optimizer_home=Home.DISK)
     lean = replace(PLAN, chunks=(disk,) * 4, update=UpdateTime.BACKWARD, cache_bytes=1 << 20, micro_batches=1)
     words = "parameters and optimizer on disk, 0 units recomputed, updates in the backward pass, prefetch 1, "
-    assert describe(lean) == words + "1.00 MiB of parameters stay"
+    assert describe(lean) == words + "1.00 MiB for what moves"
 
 
 ON_RANKS = with_zero(replace(PLAN, world_size=4), 3)
