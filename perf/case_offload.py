@@ -42,7 +42,7 @@ _BOUND_TARGET = Target(low=0.85)
 _SAME = Target(high=0.0)
 _DEEPSPEED_SPEED_TARGET = Target(low=1.5)
 _DEEPSPEED_MEMORY_TARGET = Target(high=0.25)
-_QUARTER = {"M": ("1750MiB", 1), "S": ("512MiB", 4)}  # host budget, micro-batches
+_QUARTER = {"M": ("1800MiB", 1), "S": ("512MiB", 4)}  # host budget, micro-batches
 
 
 def run(options: Options, say: Callable[[str], None]) -> Findings:
