@@ -135,7 +135,7 @@ class Paging:
                 del self.loaded[load]
 
     def make_room(self, number: int, place: int, begins: bool) -> None:
-        """Before the action at `place`: bring what it and the next uses need, after letting go of what is farthest away.
+        """Before the action at `place`: bring what it and the next uses need, after letting go of what is farthest.
 
         Args:
             number: of the use that it `begins`; else of the one before it, which has what it needs.

@@ -27,6 +27,7 @@ from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 
 _BACKWARD = (Kind.B, Kind.I, Kind.W)
+_WORTH_MOVING = 0.01  # of what the unit saves that saves most
 
 __all__ = [
     "add_downs",
@@ -210,8 +211,10 @@ def prefetch(actions: Sequence[Action], distance: int) -> list[Action]:
 def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[Action]:
     """SAVE the activations of units whose plan moves them after their forward, LOAD them before the backward.
 
-    They are loaded `prefetch` compute actions ahead. Those whose backward follows at once stay where they are.
+    They are loaded `prefetch` compute actions ahead. Those whose backward follows at once stay where they are. So do
+    those that are nothing beside other units': they would only wait behind larger transfers, and others for them.
     """
+    least_bytes = max((use.saved_bytes for use in shape.units), default=0) * _WORTH_MOVING
     compute = [action for action in actions if action.kind.is_compute]
     place = {action: number for number, action in enumerate(compute)}
     loads: dict[int, list[Action]] = {}  # before which compute action
@@ -223,7 +226,7 @@ def add_saves(actions: Sequence[Action], shape: StepShape, plan: Plan) -> list[A
             continue
         both = [place.get(Action(kind, action.index, action.micro_batch)) for kind in (Kind.B, Kind.I)]
         backward = next((each for each in both if each is not None), None)
-        if not use.saved_bytes or backward is None or backward <= place[action] + 1:
+        if not use.saved_bytes or use.saved_bytes < least_bytes or backward is None or backward <= place[action] + 1:
             continue
         saves[action] = Action(Kind.SAVE, action.index, action.micro_batch)
         ahead = max(backward - plan.prefetch, place[action] + 1)

@@ -72,6 +72,14 @@ def test_a_buffer_that_is_being_written_goes_to_what_comes_next_before_that_is_p
     assert end(5) == "WRITE c2:optim"
 
 
+def test_activations_that_are_nothing_beside_others_stay():
+    sizes = (PAGE, 200 * PAGE, PAGE)
+    units = tuple(replace(use, saved_bytes=size) for use, size in zip(SAVED.units, sizes, strict=True))
+    shape = replace(SAVED, units=units)
+    moved = moved_of(shape, offloaded(shape))
+    assert text([a for a in moved.actions if a.kind in (Kind.SAVE, Kind.LOAD)]) == ["SAVE a1.0", "LOAD a1.0"]
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_bounded_moves_take_no_more_than_the_bound_or_what_one_action_needs(seed):
     rng = random.Random(seed)
