@@ -60,6 +60,31 @@ def test_what_is_left_of_the_budget_keeps_parameters_in_memory():
     assert 250 * mebibytes < found.ledger.peak_bytes <= 300 * mebibytes
 
 
+def test_reads_come_as_far_ahead_as_the_budget_allows():
+    """What is read ahead can be bounded; by `least`, it cannot be less."""
+    on_disk = replace(PLAN, chunks=tuple(replace(c, parameter_home=Home.DISK) for c in PLAN.chunks))
+    fixed = Open(homes=False, activations=False, order=False, update=False)
+    mebibytes = 1 << 20
+
+    def taken(plan: Plan, least: int) -> int:
+        wanted = 100 * (1 + plan.prefetch)
+        return wanted if not plan.cache_bytes else max(least, min(wanted, plan.cache_bytes // mebibytes))
+
+    def found(budget: int, least: int) -> Plan:
+        def bounded(plan: Plan) -> Assessment:
+            buffers = (taken(plan, least) if plan.prefetch else 100) * mebibytes
+            program = Program((), (Buffer("b", "host", 0, buffers),))
+            return Assessment(plan, program, Ledger(buffers, "F0.0", {"buffers": buffers}))
+
+        plan = choose(on_disk, fixed, NUM_UNITS, budget * mebibytes, bounded).plan
+        assert bounded(plan).ledger.peak_bytes <= budget * mebibytes
+        return plan
+
+    assert found(250, 100).prefetch == found(150, 100).prefetch == 2
+    assert 100 < found(150, 100).cache_bytes // mebibytes <= 150
+    assert (found(250, 300).prefetch, found(150, 300).prefetch) == (1, 0), "where no bound helps, all as it was"
+
+
 def test_clipping_keeps_updates_after_the_backward_pass():
     clipping = replace(PLAN, clips_gradients=True)
     assert chosen(400, clipping).update is UpdateTime.AFTER

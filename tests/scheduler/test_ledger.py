@@ -41,11 +41,13 @@ def ledger(
     chunk = plan.pop("chunk", ChunkPlan())
     micro_batches = plan.pop("micro_batches", 1)
     ranks = plan.pop("ranks", 1)
+    shape = plan.pop("shape", SHAPE)
+    assert isinstance(shape, StepShape)
     whole = Plan(ranks, 0, micro_batches, "float32", False, 1, (chunk,) * DEPTH, **plan)  # pyright: ignore[reportArgumentType]
     figures = HostFigures(
         1000, state or {}, dict.fromkeys(range(DEPTH), WEIGHT_BYTES), 20, dict.fromkeys(range(DEPTH), 7), summed, 5
     )
-    return host_ledger(compile_program(SHAPE, whole), SHAPE, whole, profile, figures)
+    return host_ledger(compile_program(shape, whole), shape, whole, profile, figures)
 
 
 def test_the_parts_add_up_to_the_peak(profile: MemoryProfile) -> None:
@@ -107,6 +109,19 @@ def test_where_freed_blocks_are_kept_all_that_a_phase_makes_counts(profile: Memo
     assert profile.library_bytes > 0
     more = {phase: profile.library_bytes if phase in profile.order else 0 for phase in kept.growth_bytes}
     assert {phase: size + more[phase] for phase, size in kept.growth_bytes.items()} == by_unit.growth_bytes
+
+
+def test_activations_that_come_back_lie_in_the_arena_and_not_beside_it_too(profile: MemoryProfile) -> None:
+    saved = [unit.saved_bytes for unit in profile.units]
+    shape = replace(
+        SHAPE, units=tuple(replace(use, saved_bytes=size) for use, size in zip(SHAPE.units, saved, strict=True))
+    )
+    words = (Activations.OFFLOAD_DISK,) * DEPTH
+    stays, moves = ledger(profile, keeps_freed=True), ledger(profile, keeps_freed=True, shape=shape, activations=words)
+    assert all(saved[run] > WEIGHT_BYTES // 100 for run in range(DEPTH))
+    assert moves.parts["buffers"] >= max(saved)
+    for run in range(DEPTH - 1):
+        assert moves.growth_bytes["B", run] == stays.growth_bytes["B", run], "a backward pass makes what it did"
 
 
 def test_what_other_lanes_make_meanwhile_is_announced_with_a_phase(profile: MemoryProfile) -> None:

@@ -136,6 +136,21 @@ def test_what_is_left_of_the_budget_keeps_parameters_in_memory() -> None:
     assert 250 * mebibyte < result.best.ledger.peak_bytes <= 300 * mebibyte
 
 
+def test_what_does_not_fit_far_ahead_is_read_as_far_as_it_fits() -> None:
+    mebibyte = 1 << 20
+    on_disk = replace(PLAN, chunks=tuple(replace(c, parameter_home=Home.DISK) for c in PLAN.chunks), prefetch=0)
+
+    def bounded(plan: Plan) -> Assessment:
+        wanted = 100 * mebibyte * (1 + plan.prefetch)
+        buffers = min(wanted, max(plan.cache_bytes, 100 * mebibyte)) if plan.cache_bytes else wanted
+        program = Program((), (Buffer("b", "host", 0, buffers),))
+        return Assessment(plan, program, Ledger(buffers, "F0.0", {"buffers": buffers}))
+
+    result = search(on_disk, NOTHING, NUM_UNITS, 150 * mebibyte, bounded, lambda found: 9.0 - found.plan.prefetch)
+    assert result.best.plan.prefetch == 4
+    assert 100 * mebibyte < result.best.plan.cache_bytes <= 150 * mebibyte
+
+
 def test_what_is_fixed_stays() -> None:
     fixed = replace(PLAN, activations=(Activations.KEEP,) * NUM_UNITS)
     for each in found(150, fixed, replace(EVERYTHING, activations=False)).candidates:
