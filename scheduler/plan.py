@@ -192,8 +192,8 @@ class Plan:
         update: when chunks are updated.
         unified: whether device and host are the same bytes, so that moving between them is free.
         pipeline: the stages; None: every rank has all of the model. `world_size` counts the ranks of one stage.
-        cache_bytes: host memory for parameters whose home is the disk; those used soonest stay in it. At least what
-            one unit and the next need is always given.
+        cache_bytes: bound of the host memory for what moves between it and the disk: more than `prefetch` wants lets
+            parameters stay, less puts off what is needed last. What one unit needs is always given. 0: what is wanted.
         device_cache_bytes: likewise device memory for copies of parameters whose home is not the device.
         keeps_freed: whether the process keeps blocks that units free for those that come after, also in the next step;
             they are given back to the kernel where the next unit would not fit beside them.
