@@ -27,7 +27,7 @@ from .plan import GatheredFor, MicroBatchOrder, Plan, UpdateTime
 from .program import Program, StepShape
 
 _BACKWARD = (Kind.B, Kind.I, Kind.W)
-_WORTH_MOVING = 0.01  # of what the unit saves that saves most
+_WORTH_MOVING = 0.001  # of what the unit saves that saves most: a hundred such are a tenth of it
 
 __all__ = [
     "add_downs",

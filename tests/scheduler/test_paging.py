@@ -73,11 +73,13 @@ def test_a_buffer_that_is_being_written_goes_to_what_comes_next_before_that_is_p
 
 
 def test_activations_that_are_nothing_beside_others_stay():
-    sizes = (PAGE, 200 * PAGE, PAGE)
+    sizes = (PAGE, 2000 * PAGE, 2 * PAGE)
     units = tuple(replace(use, saved_bytes=size) for use, size in zip(SAVED.units, sizes, strict=True))
     shape = replace(SAVED, units=units)
     moved = moved_of(shape, offloaded(shape))
     assert text([a for a in moved.actions if a.kind in (Kind.SAVE, Kind.LOAD)]) == ["SAVE a1.0", "LOAD a1.0"]
+    larger = replace(shape, units=(replace(shape.units[0], saved_bytes=2 * PAGE), *shape.units[1:]))
+    assert Kind.SAVE in [a.kind for a in moved_of(larger, offloaded(larger)).actions][:4], "a thousandth is worth it"
 
 
 @pytest.mark.parametrize("seed", range(150))
