@@ -117,9 +117,8 @@ def search(
             for ahead in sorted({*_PREFETCH, plan.prefetch} - {base.prefetch}):
                 _settle(replace(base, prefetch=ahead), open_, num_units, looked)
     for base in looked.fastest_bases():
-        for ahead in _PREFETCH:
-            if base.uses_disk and ahead > 0 and base.pipeline is None:
-                read_farther(looked.at(base), ahead, budgets, looked.at)
+        for ahead in _PREFETCH[1:] if base.uses_disk else ():
+            read_farther(looked.at(base), ahead, budgets, looked.at)
     for base in looked.fastest_bases():
         _refine(base, open_, looked)
     return looked.found()
