@@ -79,7 +79,7 @@ class Paging:
     """The walk. Positions are those in `result`, to which the drops are added at the end.
 
     Attributes:
-        capacity_bytes: that items, and what the LOADs of `load_at` bring, may take together; None: what uses ahead want.
+        capacity_bytes: that items, and what the LOADs of `load_at` bring, may take; None: what uses ahead want.
         distance: how many uses ahead of their own items are read.
         load_at: LOAD -> place of its backward action, of those that the capacity bounds.
         save_behind: place of a forward action -> the SAVE behind it, likewise: its buffer is taken until the next unit
