@@ -40,6 +40,7 @@ from ..scheduler.prediction import Fate, Prediction
 from ..scheduler.program import StepShape
 from ..scheduler.search import Candidate, search
 from ..scheduler.simulate import Simulated
+from ..scheduler.spare import without_bounds
 from ..scheduler.trace import Trace
 from ..scheduler.twin import Shapes
 from ..scheduler.verify import verify
@@ -140,6 +141,7 @@ class _Planning:
             with self._clock("tracing the model"):
                 self.memory = self._memory_profile()
         if is_ample and not is_asked:
+            plan = without_bounds(plan, open_, self.shape_of(plan))
             shape = self.shape_of(plan)
             program = compile_program(shape, plan)
             verify(program, shape, plan)
@@ -147,8 +149,10 @@ class _Planning:
         self._count_process()
         if is_ample:
             self._freed_share = _STAYS
-            found = self.assess(replace(plan, keeps_freed=plan.unified))
-            if found.ledger.peak_bytes <= self.budgets.host * _AMPLE:
+            for each in dict.fromkeys((without_bounds(plan, open_, self.shape_of(plan)), plan)):
+                found = self.assess(replace(each, keeps_freed=plan.unified))
+                if found.ledger.peak_bytes > self.budgets.host * _AMPLE:
+                    continue
                 self._freed_stay = True
                 note = self._measure_seconds(plan, open_, gives_back=False) if predicts else ""
                 with self._clock("searching"):

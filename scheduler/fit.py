@@ -12,11 +12,9 @@ from dataclasses import replace
 
 from .assessment import Assessment, Budgets, Open, offloaded, refusal
 from .plan import Activations, ChunkPlan, Home, MicroBatchOrder, Plan, UpdateTime
-from .spare import cache_more, keep_more_nearer, read_farther
+from .spare import FAR, cache_more, keep_more_nearer, read_farther
 
 __all__ = ["choose", "homes_of"]
-
-_FAR = 2  # uses: an update, and the unit behind it
 
 
 def choose(
@@ -47,8 +45,8 @@ def choose(
             found = _recompute_less(found, open_, budgets, assess)
             if open_.homes:
                 found = keep_more_nearer(found, budgets, assess)
-            if found.plan.uses_disk and found.plan.prefetch < _FAR:
-                found = read_farther(found, _FAR, budgets, assess) or found
+            if found.plan.uses_disk and found.plan.prefetch < FAR:
+                found = read_farther(found, FAR, budgets, assess) or found
             return cache_more(found, budgets, assess)
         if leanest is None or _leanness(found, budgets) < _leanness(leanest, budgets):
             leanest = found

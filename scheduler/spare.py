@@ -6,11 +6,14 @@ Owns growing a plan that fits until it would not. Does not own what a plan takes
 from collections.abc import Callable
 from dataclasses import replace
 
-from .assessment import Assessment, Budgets, offloaded
+from ..memory.direct_io import round_up
+from .assessment import Assessment, Budgets, Open, offloaded
 from .plan import Home, Plan
+from .program import StepShape
 
-__all__ = ["cache_more", "keep_more_nearer", "read_farther"]
+__all__ = ["FAR", "cache_more", "keep_more_nearer", "read_farther", "without_bounds"]
 
+FAR = 2  # uses to read ahead: an update, and the unit behind it
 _SPENT = 0.97  # of the host's budget: a plan that is run again meets a process of a slightly other size
 _GRAIN_BYTES = 1 << 22  # less than that is not worth a try
 _NUM_TRIES = 6
@@ -77,6 +80,16 @@ def read_farther(
             return None
         bound -= max(excess_bytes, _GRAIN_BYTES, bound // 16)
     return None
+
+
+def without_bounds(plan: Plan, open_: Open, shape: StepShape) -> Plan:
+    """The plan in memory that takes all that it could ever hold: reads come `FAR` uses ahead, and what was brought
+    stays until its last use in a step. A plan that was given whole stays as it is."""
+    if not plan.uses_disk or not open_.may_adapt:
+        return plan
+    state_bytes = sum(round_up(chunk.param_bytes) + round_up(chunk.optim_bytes) for chunk in shape.chunks)
+    saved_bytes = plan.micro_batches * sum(round_up(unit.saved_bytes) for unit in shape.units)
+    return replace(plan, prefetch=max(plan.prefetch, FAR), cache_bytes=state_bytes + saved_bytes)
 
 
 def _to_spend(budgets: Budgets) -> Budgets:

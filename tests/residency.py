@@ -12,6 +12,7 @@ import torch
 from models import DROPPING
 
 from outgrow import Engine, Memory
+from outgrow.runtime import planning
 from outgrow.scheduler import fit
 
 __all__ = [
@@ -101,7 +102,10 @@ def engine_of(
     def as_told(found: Any, _budgets: Any, assess: Any) -> Any:
         return assess(replace(found.plan, cache_bytes=cache_bytes, device_cache_bytes=device_cache_bytes or 0))
 
-    with mock.patch.object(fit, "cache_more", as_told):
+    def untouched(plan: Any, *_: Any) -> Any:
+        return plan
+
+    with mock.patch.object(fit, "cache_more", as_told), mock.patch.object(planning, "without_bounds", untouched):
         try:
             yield engine
         finally:

@@ -1,7 +1,9 @@
 """In ample memory freed blocks stay from step to step, as far as was said before the first one."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ from torch import nn
 
 from outgrow.memory.budget import Memory
 from outgrow.memory.process import read_process_memory
+from outgrow.parallel.actions import Kind
+from outgrow.runtime import planning
+from outgrow.runtime.assessing import Assessor
 from outgrow.runtime.engine import Engine
+from outgrow.scheduler.assessment import Assessment
+from outgrow.scheduler.plan import Plan
+from outgrow.scheduler.spare import FAR
 
 BATCH = torch.ones(4, 64), torch.ones(4, 64)
 
@@ -105,5 +113,51 @@ def test_what_an_update_makes_is_announced(is_fused: bool) -> None:
         heap.most_bytes = 0
         engine.step(BATCH)
         assert (heap.most_bytes == big) != is_fused
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_what_is_on_disk_is_read_once_a_step_and_early(predict: bool, tmp_path: Path) -> None:
+    """The room is there: nothing is dropped that this step uses again."""
+    engine = Engine(
+        nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)]),
+        optimizer=partial(torch.optim.AdamW, lr=0.1, fused=True),
+        loss=nn.functional.mse_loss,
+        memory=Memory(host=4 * read_process_memory().resident_bytes, disk=tmp_path),
+        offload="all",
+        micro_batches=2,
+        predict=predict,
+        example=BATCH,
+    )
+    try:
+        assert engine.plan.prefetch == FAR
+        assert engine.plan.keeps_freed == predict
+        assert engine.program is not None
+        reads = [(each.index, each.slot) for each in engine.program.actions(Kind.READ)]
+        assert len(reads) == len(set(reads)) == 2 * len(engine.plan.chunks)
+    finally:
+        engine.close()
+
+
+def test_what_does_not_fit_that_way_is_read_as_late_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def boundless(plan: Plan, *_: object) -> Plan:
+        tried.append(plan)
+        return replace(plan, prefetch=7)
+
+    def with_a_peak(self: Assessor, plan: Plan) -> Assessment:
+        found = assess(self, plan)
+        excess = 1 << 50 if plan.prefetch == 7 else 0
+        return replace(found, ledger=replace(found.ledger, peak_bytes=found.ledger.peak_bytes + excess))
+
+    tried: list[Plan] = []
+    assess = Assessor.assess
+    monkeypatch.setattr(planning, "without_bounds", boundless)
+    monkeypatch.setattr(Assessor, "assess", with_a_peak)
+    engine = predicted_engine(4 * read_process_memory().resident_bytes)
+    try:
+        assert tried
+        assert engine.plan.prefetch == tried[0].prefetch == 1
+        assert engine.plan.keeps_freed, "the memory is ample all the same"
     finally:
         engine.close()
