@@ -1,6 +1,7 @@
 """What is left of the budgets, spent: chunks at home on a nearer tier, reads that come earlier, parameters that stay.
 
-Owns growing a plan that fits until it would not, or at once where all of it fits. Does not own what a plan takes, nor which plan is grown.
+Owns growing a plan that fits until it would not, or at once where all of it fits. Does not own what a plan takes, nor
+which plan is grown.
 """
 
 from collections.abc import Callable
