@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_NEVER = 2**31 - 1  # bytes; an int to mallopt
+_NEVER = -1  # as glibc's manual has it: no end of the heap is too large to be kept
 
 
 def keep_freed_blocks() -> bool:

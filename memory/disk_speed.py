@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .direct_io import AlignedBuffer
-from .disk import DiskStore, ExtentSpec
+from .disk import BLOCK_BYTES, DEPTH, DiskStore, ExtentSpec
 from .disk_lanes import Ticket
 
 __all__ = ["DiskSpeed", "TransferTimes", "measure_disk", "measure_transfers"]
@@ -63,17 +63,17 @@ class DiskSpeed:
 def measure_disk(
     folder: str | Path,
     num_bytes: int = 512 << 20,
-    block_bytes: int = 4 << 20,
-    depth: int = 4,
+    block_bytes: int = BLOCK_BYTES,
+    depth: int = DEPTH,
     deadline_s: float = 60.0,
 ) -> DiskSpeed:
     """Write, then read, then do both at once with about `num_bytes` random bytes in `folder`, checksums included as in
     training, and remove them.
 
     The blocks are written once before the clock starts, as first writes pay for the file system's bookkeeping.
-    Takes memory for 12 * depth blocks. Raises what `DiskStore` raises.
+    Takes memory for 6 * depth blocks. Raises what `DiskStore` raises.
     """
-    extent_bytes = 2 * depth * block_bytes
+    extent_bytes = depth * block_bytes
     names = [f"c{index}:param" for index in range(max(_RING, -(-num_bytes // extent_bytes)))]
     specs = [ExtentSpec(name, extent_bytes) for name in names]
     buffers = [AlignedBuffer(extent_bytes) for _ in range(2 * _RING)]
@@ -124,9 +124,9 @@ def _pass(*moves: tuple[Callable[[str, AlignedBuffer], Ticket], list[str], list[
 def measure_transfers(
     folder: str | Path,
     work: Callable[[], object],
-    sizes: Sequence[int] = (2 << 20, 16 << 20),
-    block_bytes: int = 4 << 20,
-    depth: int = 4,
+    sizes: Sequence[int] = (2 << 20, 32 << 20),
+    block_bytes: int = BLOCK_BYTES,
+    depth: int = DEPTH,
     deadline_s: float = 60.0,
 ) -> tuple[TransferTimes, TransferTimes, TransferTimes]:
     """Time transfers that a lane does one after the other, alone and beside other work: reads, writes, and writes of

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import torch
 
 from ..memory.direct_io import AlignedBuffer, DirectIO, round_up
-from ..memory.disk import DiskStatistics, DiskStore, ExtentSpec
+from ..memory.disk import DEPTH, DiskStatistics, DiskStore, ExtentSpec
 from ..memory.disk_lanes import Ticket
 from ..memory.errors import LaneTimeout
 from ..memory.tiers import HostTier
@@ -47,7 +47,7 @@ class DiskTier:
         limit_bytes: int | None = None,
         io: DirectIO | None = None,
         deadline_s: float = 60.0,
-        depth: int = 4,
+        depth: int = DEPTH,
         host: HostTier | None = None,
     ) -> None:
         self._deadline_s, self._depth = deadline_s, depth

@@ -123,6 +123,8 @@ class Engine(PreparedEngine):
             self._recovery.end()
             self._has_stepped = True
             self._is_carried = self._program.num_carried > 0
+            if self._room is not None and self._heap is None and self._tier is not None:
+                self._room.end_step()
         except BaseException as error:
             self._fail(error)
             raise

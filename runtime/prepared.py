@@ -13,6 +13,7 @@ from torch import nn
 
 from ..memory.allocator import StepHeap, keep_freed_blocks, return_blocks_at_once
 from ..memory.budget import Memory
+from ..memory.heap_room import HeapRoom
 from ..memory.tiers import open_tiers
 from ..memory.timeline import Timeline
 from ..parallel.actions import Action, Kind
@@ -138,10 +139,11 @@ class PreparedEngine(FirstBatch):
         self._is_ample = pipeline > 1 or (
             self._tiers is None and self._all_ranks(check_fit(model, self._layouts, self.plan, self.memory))
         )
+        self._room: HeapRoom | None = None
         if not self._is_ample or (pipeline > 1 and self._has_budget and not self.plan.keeps_freed):
             return_blocks_at_once()
-        else:
-            keep_freed_blocks()  # for the whole process: the next step uses the same memory again
+        elif keep_freed_blocks():  # for the whole process: the next step uses the same memory again
+            self._room = HeapRoom(self.memory.host_bytes)
         self._clip_grad_norm = clip_grad_norm
         self._filler = filler
         self._make_lr_scheduler = lr_scheduler

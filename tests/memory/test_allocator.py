@@ -119,3 +119,18 @@ def test_where_blocks_cannot_be_kept_nothing_is_asked(monkeypatch) -> None:
     heap.begin_step()
     heap.make_room(1 << 40)
     assert heap.num_returns == 0
+
+
+def test_no_end_of_the_heap_is_too_large_to_be_kept() -> None:
+    """Pages that nobody touches cost nothing: three GiB are asked for, and freed."""
+    script = """
+from outgrow.memory.heap_room import heap_bytes
+keep_freed_blocks()
+blocks = [torch.empty(768 << 20, dtype=torch.uint8) for _ in range(4)]
+before, _ = heap_bytes()
+del blocks
+print(before, heap_bytes()[0])
+"""
+    [[before, after]] = run(script)
+    assert before >= 3 << 30
+    assert after == before

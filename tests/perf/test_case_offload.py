@@ -49,8 +49,13 @@ def test_ratio_and_agreement_are_taken_round_by_round(monkeypatch: pytest.Monkey
     turns: dict[str, list[Any]] = {"in memory": [answer(1.0, 3.0), answer(2.0, 2.5)],
                                    "on disk": [answer(2.0, 3.0), answer(2.0, 2.5000001)]}  # fmt: skip
     losses = {name: [each.loss for each in reports] for name, reports in turns.items()}
-    monkeypatch.setattr(case_offload, "_measure", lambda *_: (turns, losses))
+    asked: list[Options] = []
+    monkeypatch.setattr(
+        case_offload, "_measure", lambda pair, options, say: (asked.append(options), (turns, losses))[1]
+    )
     figures = case_offload._compute_bound("S", 2048, "/folder", Options(), lambda line: None)
+    case_offload._compute_bound("S", 2048, "/folder", Options(num_rounds=2, num_warmup=20), lambda line: None)
+    assert asked == [Options(num_warmup=8), Options(num_rounds=2, num_warmup=20)], "heaps have grown before that"
     assert figure(figures, "on disk").samples == (1024.0, 1024.0)
     assert figure(figures, "on disk / in memory").samples == (0.5, 1.0)
     assert figure(figures, "state read / least").samples == (), "nothing was read"

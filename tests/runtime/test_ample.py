@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from outgrow.memory.budget import Memory
 from outgrow.memory.process import read_process_memory
 from outgrow.parallel.actions import Kind
-from outgrow.runtime import planning
+from outgrow.runtime import planning, prepared
 from outgrow.runtime.assessing import Assessor
 from outgrow.runtime.engine import Engine
 from outgrow.scheduler.assessment import Assessment
@@ -55,6 +56,49 @@ def test_a_prediction_counts_the_freed_blocks_that_stay_and_they_are_held_to_it(
         assert engine._heap.num_returns == before + 1
     finally:
         engine.close()
+
+
+class Room:
+    """Writes down how many steps ended, and with which budget it was made."""
+
+    made: ClassVar[list["Room"]] = []
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        self.budget_bytes, self.num_steps = budget_bytes, 0
+        self.made.append(self)
+
+    def end_step(self) -> None:
+        self.num_steps += 1
+
+
+@pytest.mark.parametrize(
+    ("offload", "host", "is_predicted", "ends"),
+    [("all", None, False, [3]), ("none", None, False, [0]), ("all", None, True, [0]), ("all", 0.25, False, [])],
+    ids=["on-disk", "in-memory", "foretold", "tight"],
+)
+def test_where_a_disk_is_used_and_nothing_bounds_freed_blocks_there_is_room_for_the_next_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload: str, host: float | None, is_predicted: bool, ends: list
+) -> None:
+    monkeypatch.setattr(prepared, "HeapRoom", Room)
+    monkeypatch.setattr(Room, "made", [])
+    host_bytes = (4 if host is None else 1 + host) * read_process_memory().resident_bytes
+    model = nn.Sequential(*(nn.Linear(64 if host is None else 1024, 64 if host is None else 1024) for _ in range(3)))
+    batch = tuple(each.repeat(1, model[0].in_features // 64) for each in BATCH)
+    engine = Engine(
+        model,
+        optimizer=partial(torch.optim.AdamW, lr=0.1),
+        loss=nn.functional.mse_loss,
+        memory=Memory(host=int(host_bytes), disk=str(tmp_path)),
+        offload=offload,
+        predict=is_predicted,
+    )
+    try:
+        for _ in range(3):
+            engine.step(batch)
+    finally:
+        engine.close()
+    assert [room.num_steps for room in Room.made] == ends
+    assert all(room.budget_bytes == int(host_bytes) for room in Room.made)
 
 
 class Heap:
