@@ -124,7 +124,7 @@ def _pass(*moves: tuple[Callable[[str, AlignedBuffer], Ticket], list[str], list[
 def measure_transfers(
     folder: str | Path,
     work: Callable[[], object],
-    sizes: Sequence[int] = (2 << 20, 32 << 20),
+    sizes: Sequence[int] = (2 << 20, 16 << 20),
     block_bytes: int = BLOCK_BYTES,
     depth: int = DEPTH,
     deadline_s: float = 60.0,

@@ -50,7 +50,7 @@ _USED_ROUNDS, _USED_BYTES = 2, 128 << 20  # of memory that was in use before the
 _NET_ROUNDS = 24  # of which the eighth at each end is left out
 _ALONE_S = 0.1  # in which a thread computes without an exchange beside it
 _NUM_PRODUCTS = 4  # of a quarter of a GFLOP each, about as long as a unit's kernels, that are done at once beside disks
-_METHOD = 11  # of measuring: figures that were taken by another one are not comparable
+_METHOD = 12  # of measuring: figures that were taken by another one are not comparable
 _BLOCK_BYTES, _DEPTH = 8 << 20, 2  # where both directions are measured together: less memory than the engine has
 PROBE_BYTES = 136 << 20  # the most that measuring takes: an update's tensors, or the disk's blocks and what fills them
 
