@@ -27,9 +27,8 @@ _LEFT = 4  # the part of what the budget has left that may be taken
 
 
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (f"field_{index}", ctypes.c_size_t) for index in range(10)
-    ]  # `arena` is the first, `fordblks` the ninth
+    # `arena` is the first, `fordblks` the ninth.
+    _fields_ = [(f"field_{index}", ctypes.c_size_t) for index in range(10)]
 
 
 def heap_bytes() -> tuple[int, int]:
@@ -80,7 +79,11 @@ def _enlarge(goal_bytes: int) -> int:
     most = (free_bytes + goal_bytes - begin_bytes) // _PIECE_BYTES + 1
     blocks: list[torch.Tensor] = []
     while heap_bytes()[0] + _PIECE_BYTES <= goal_bytes and len(blocks) < most:
-        blocks.append(torch.empty(_PIECE_BYTES, dtype=torch.uint8))
-        blocks[-1][::4096] = 0
-    del blocks
+        try:
+            block = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+        except RuntimeError:  # the process may have no more: what was for the next steps only must not end this one
+            break
+        block[::4096] = 0
+        blocks.append(block)
+    blocks.clear()
     return heap_bytes()[0] - begin_bytes

@@ -73,3 +73,17 @@ def test_where_the_c_library_says_nothing_nothing_is_taken(monkeypatch) -> None:
     for _ in range(3):
         room.end_step()
     assert room.taken_bytes == 0
+
+
+def test_a_process_that_may_have_no_more_goes_on_with_what_it_has() -> None:
+    limited = """
+import resource
+step(240)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used, used))
+for _ in range(2):
+    room.end_step()
+print(room.taken_bytes)
+"""
+    begin = _STEPS[: _STEPS.index("step(240)\nroom")].replace("BUDGET", "None")
+    assert run(begin + limited) == [[0]]
